@@ -1,0 +1,174 @@
+"""Command line and config files override the commented globals at the top of a script.
+
+    learning_rate = 6e-4  # peak, after warmup
+    compile: bool | str = "blocks"  # an annotation widens what a knob takes
+
+    from configurator import configure
+    config = configure(globals())
+
+    python train.py config/gpt2.py --learning_rate=3e-4  # left to right, the last word wins
+    python train.py --help                               # every knob, its default and its comment
+
+A config file is Python and can run any code: use none that you have not read.
+"""
+
+import ast
+import difflib
+import io
+import os
+import sys
+import tokenize
+import traceback
+from pathlib import Path
+from types import ModuleType, NoneType
+from typing import NamedTuple, NoReturn
+
+TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None": NoneType}
+
+
+class Knob(NamedTuple):
+    types: tuple[type, ...]
+    comment: str  # the one behind the assignment
+    above: list[str]  # the source lines between the statement before and this one: they group the help
+
+
+def configure(namespace: dict, argv: list[str] | None = None) -> dict:
+    """Set the knobs that `namespace`'s script assigns above this call from `argv`; return all of them in source order.
+
+    An item of `argv` (default: `sys.argv[1:]`) is `--key=value` or a config file `path/to/file.py`, which sees the
+    values so far as its globals. Raises SystemExit(2), with a message on stderr and `namespace` as it was, for
+    whatever is not a knob or does not fit one, and SystemExit(0) after `--help`; KeyError without a `__file__`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    script = os.path.basename(namespace["__file__"])
+    knobs = _read_knobs(namespace)
+    values = {name: _fit(script, name, namespace[name], knob) for name, knob in knobs.items()}
+    if "--help" in argv or "-h" in argv:
+        _print_help(namespace.get("__doc__"), knobs, values)
+        raise SystemExit(0)
+
+    for item in argv:
+        key, equals, text = item.partition("=")
+        name = key[2:]
+        if item.startswith("--"):
+            if name not in knobs:
+                _refuse(f"{key}: {script} has no such knob{_nearest(name, knobs, '--')}; --help lists them")
+            if not equals:
+                _refuse(f"{key} has no value: write {key}=value in one word, for example {key}={values[name]}")
+            values[name] = _fit("command line", name, _parse(text, knobs[name].types), knobs[name])
+        elif equals and key.lstrip("-").isidentifier():
+            _refuse(f"{item}: write --{item.lstrip('-')}")
+        elif item.endswith(".py"):
+            values |= _run_config(item, values, knobs, namespace["__file__"])
+        else:
+            _refuse(f"{item!r} is neither --key=value nor a config file path/to/file.py; --help lists the keys")
+    namespace.update(values)
+    return values
+
+
+def _refuse(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _nearest(name: str, knobs: dict[str, Knob], dashes: str = "") -> str:
+    return "".join(f" (did you mean {dashes}{near}?)" for near in difflib.get_close_matches(name, knobs, 1))
+
+
+def _read_knobs(namespace: dict) -> dict[str, Knob]:
+    """The knobs by name, read from the source: only there are the comments, the annotations and the groups."""
+    with tokenize.open(namespace["__file__"]) as file:
+        source = file.read()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    knobs, end = {}, 0
+    for node in ast.parse(source).body:
+        calls = {ast.unparse(child.func) for child in ast.walk(node) if isinstance(child, ast.Call)}
+        if calls & {"configure", "configurator.configure"}:
+            break
+        above, end = source.split("\n")[end : node.lineno - 1], node.end_lineno
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        words = ast.unparse(node.annotation).split(" | ") if isinstance(node, ast.AnnAssign) else []
+        for name in _bound(node):
+            default = type(namespace.get(name, ...))
+            # an annotation that is no union of TYPES says nothing, and a None alone could never be set
+            types = tuple(TYPES[word] for word in words) if words and TYPES.keys() >= set(words) else (default,)
+            if default in TYPES.values() and types != (NoneType,) and not name.startswith("_"):
+                knobs.setdefault(name, Knob(types, comments.get(end, ""), above))
+    return knobs
+
+
+def _bound(tree: ast.AST) -> dict[str, int]:
+    """The names that assignments, imports and definitions under `tree` bind, with their lines."""
+    return {getattr(node, field): node.lineno for node in ast.walk(tree) for field in ("id", "name", "asname")
+            if getattr(node, field, None) and isinstance(getattr(node, "ctx", ast.Store()), ast.Store)}
+
+
+def _parse(text: str, types: tuple[type, ...]) -> object:
+    if bool in types and text in ("true", "false"):
+        return text == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+    # --run_name=12 needs no quotes where only text is wanted; for a bool | str it stays an int, and is refused
+    return text if set(types) <= {str, NoneType} and type(value) not in types else value
+
+
+def _fit(where: str, name: str, value: object, knob: Knob) -> object:
+    """`value` as one of the knob's types, or the refusal."""
+    if type(value) in knob.types:  # exactly: a bool is no int, a numpy float is not JSON
+        return value
+    if float in knob.types and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    if int in knob.types and type(value) is float and value.is_integer():  # 6e5
+        return int(value)
+    wanted = " | ".join(word for word, kind in TYPES.items() if kind in knob.types)
+    comment = f"\n    {name}: {knob.comment}" if knob.comment else ""
+    _refuse(f"{where}: {name} = {value!r} is of type {type(value).__name__}, wanted {wanted}{comment}")
+
+
+def _run_config(path: str, values: dict, knobs: dict[str, Knob], script: str) -> dict:
+    """The knobs as the config file at `path` leaves them, or the refusal."""
+    try:
+        source = Path(path).read_bytes()
+        code = compile(source, path, "exec")
+    except FileNotFoundError:
+        there = sorted(os.path.relpath(file) for file in Path(script).parent.glob("config/*.py"))
+        _refuse(f"{path}: no such config file; there are: {', '.join(there) or 'none'}")
+    except OSError as error:
+        _refuse(f"{path}: {error.strerror}")
+    except (SyntaxError, ValueError) as error:  # ValueError: Python 3.10 on null bytes
+        _refuse(f"{path}:{getattr(error, 'lineno', None) or 1}: SyntaxError: {getattr(error, 'msg', error)}")
+    scope = {"__name__": "config", "__file__": path} | values
+    try:
+        exec(code, scope)
+    except (Exception, SystemExit) as error:
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+        _refuse(f"{path}:{lines[-1]}: {traceback.format_exception_only(error)[-1].strip()}")
+
+    lines, result = _bound(ast.parse(source)), {}
+    for name, value in scope.items():
+        where = f"{path}:{lines[name]}" if name in lines else path
+        if name in knobs:
+            result[name] = _fit(where, name, value, knobs[name])
+        elif not name.startswith("_") and not isinstance(value, ModuleType):
+            _refuse(f"{where}: {os.path.basename(script)} has no knob {name!r}{_nearest(name, knobs)}; "
+                    "--help lists them, and a name of the file's own starts with _")
+    return result
+
+
+def _print_help(doc: str | None, knobs: dict[str, Knob], values: dict) -> None:
+    if doc:
+        print(doc.strip(), end="\n\n")
+    print("Knobs (the same names, without --, in a config file), their defaults and what they do:")
+    shown = {name: f"  --{name}={value!r}" for name, value in values.items()}
+    width = max(map(len, shown.values()), default=0)
+    for name, knob in knobs.items():
+        headings = [line.strip("#-= ") for line in knob.above if line.startswith("#")]
+        if headings or "" in knob.above:
+            print()
+        for heading in filter(None, headings):
+            print(heading)
+        print(f"{shown[name]:{width}}  {knob.comment}".rstrip())
