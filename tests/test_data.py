@@ -1,0 +1,304 @@
+import os
+import resource
+import shutil
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import data
+from data import DataError, TokenBlocks, get_tokenizer, read_meta, read_shard, verify, write_meta, write_shard
+
+
+CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
+
+
+@pytest.fixture
+def gpt2_forgotten():
+    """tiktoken and get_tokenizer keep what they have loaded."""
+    import tiktoken.registry
+    get_tokenizer.cache_clear()
+    tiktoken.registry.ENCODINGS.pop("gpt2", None)
+
+
+@pytest.fixture
+def gpt2_cache(tmp_path, monkeypatch, gpt2_forgotten):
+    """A copy, since tiktoken deletes files whose hash is wrong."""
+    if not CACHE.is_dir():
+        pytest.skip(f"GPT-2's tokenizer files are not in {CACHE}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shutil.copytree(CACHE, tmp_path / "cache")))
+
+
+def llm_c_bytes(tokens, magic=20240520, version=1, n=None, width="H"):
+    """A shard as llm.c's data scripts write it, by hand."""
+    n = len(tokens) if n is None else n
+    return struct.pack("<256i", magic, version, n, *[0] * 253) + struct.pack(f"<{len(tokens)}{width}", *tokens)
+
+
+def make_data_set(folder, train, val=((1, 2, 3),), vocab_size=50257, command="python prepare_data.py thing"):
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for split, shards in ("train", train), ("val", val):
+        entries = []
+        for i, tokens in enumerate(shards):
+            file = f"{split}_{i:06d}.bin"
+            write_shard(folder / file, tokens)
+            crc = zlib.crc32(np.asarray(tokens, np.uint16).tobytes())
+            entries.append({"file": file, "tokens": len(tokens), "crc32": f"{crc:08x}"})
+        splits[split] = {"tokens": sum(map(len, shards)), "documents": 1, "shards": entries}
+    write_meta(folder, {"tokenizer": "gpt2", "vocab_size": vocab_size, "eot_token": vocab_size - 1, "splits": splits,
+                        "source": {"kind": "test"}, "command": command})
+    return folder
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=300))
+def test_shards_are_llm_c_s_both_ways(tokens, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shard") / "train_000000.bin"
+    write_shard(path, tokens)
+    assert path.read_bytes() == llm_c_bytes(tokens)
+    read = read_shard(path)
+    assert read.dtype == np.uint16 and read.tolist() == tokens
+
+
+def test_reads_nanogpt_s_headerless_files(tmp_path):
+    tokens = np.array([15496, 995, 50256], np.uint16)
+    tokens.tofile(tmp_path / "train.bin")
+    assert read_shard(tmp_path / "train.bin").tolist() == [15496, 995, 50256]
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "0 bytes"),
+    (b"ab", "2 bytes"),
+    (llm_c_bytes([1, 2, 3])[:-1], "truncated.*3 tokens = 1,030 bytes, it has 1,029"),
+    (llm_c_bytes([1, 2, 3]) + b"\0\0", "wrong size.*1,030 bytes, it has 1,032"),
+    (llm_c_bytes([1])[:100], "truncated: 100 bytes"),
+    (llm_c_bytes([], n=0), "promises 0 tokens"),
+    (llm_c_bytes([1], version=2), "version 2"),
+    (llm_c_bytes([1, 2], magic=20240801, version=7, width="I"), "20240801.*Llama-3"),
+    (llm_c_bytes([1, 2], magic=20240326), "20240326.*another kind"),
+    (struct.pack(">256i", 20240520, 1, 1, *[0] * 253) + b"\0\1", "big-endian"),
+    (np.arange(1, 100, dtype="<u4").tobytes(), "32-bit"),
+    (b"odd" * 11, r"33 bytes \(an odd number\)"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"PAR1 and so on", "a parquet file"),
+])
+def test_refuses_what_is_no_shard(tmp_path, content, says):
+    path = tmp_path / "train_000000.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=says) as error:
+        read_shard(path)
+    assert str(path) in str(error.value) and "python prepare_data.py" in str(error.value)
+
+
+def test_refuses_a_missing_file_and_ids_outside_the_vocabulary(tmp_path):
+    with pytest.raises(DataError, match="No such file.*python prepare_data.py"):
+        read_shard(tmp_path / "train_000000.bin")
+    write_shard(tmp_path / "train_000000.bin", [1, 50257, 2])
+    assert read_shard(tmp_path / "train_000000.bin", vocab_size=50258).tolist() == [1, 50257, 2]
+    with pytest.raises(DataError, match="50257.*vocabulary of 50,257"):
+        read_shard(tmp_path / "train_000000.bin", vocab_size=50257)
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [65536], np.array([70000])])
+def test_writes_only_what_fits(tmp_path, tokens):
+    with pytest.raises(DataError):
+        write_shard(tmp_path / "a.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    write_shard(path, [1, 2, 3])
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match="could not be written.*201,024 bytes"):
+            write_shard(path, np.ones(100_000, np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_scan_matches_zlib_over_many_parts():
+    tokens = np.random.default_rng(0).integers(0, 50257, 600_001).astype(np.uint16)
+    tokens[-1] = 60000
+    assert data.scan(tokens) == (f"{zlib.crc32(tokens.tobytes()):08x}", 60000)
+
+
+# ---- meta.json ------------------------------------------------------------------------------------------------------
+
+def test_missing_meta_names_the_command_that_makes_it(tmp_path):
+    for name, command in [("stdlib", "python prepare_data.py"), ("openwebtext", "python prepare_data.py openwebtext"),
+                          ("mine", r"--files 'texts/\*.txt' --out")]:
+        with pytest.raises(DataError, match=f"meta.json: no such file.*{command}"):
+            read_meta(tmp_path / "data" / name)
+    write_shard(tmp_path / "fineweb_train_000001.bin", [1])
+    with pytest.raises(DataError, match=f"python prepare_data.py --adopt {tmp_path} --tokenizer gpt2"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tokenizer": "gpt2"}'])
+def test_damaged_meta_is_refused(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(DataError, match="meta.json: damaged"):
+        read_meta(tmp_path)
+
+
+def test_verify_finds_each_kind_of_damage(tmp_path):
+    folder = make_data_set(tmp_path, [range(100), range(50)])
+    assert verify(folder) == 153
+    assert [verify(folder, rank, 2) for rank in range(2)] == [103, 50]  # train_0 and val_0; train_1
+    path = folder / "train_000001.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + b"\1\1")
+    verify(folder, 0, 2)  # not its share
+    with pytest.raises(DataError, match="train_000001.bin: checksum.*start over: rm -rf.*python prepare_data.py thing"):
+        verify(folder, 1, 2)
+    write_shard(path, range(49))
+    with pytest.raises(DataError, match="49 tokens, but meta.json says 50"):
+        verify(folder)
+    path.unlink()
+    with pytest.raises(DataError, match="train_000001.bin: No such file.*python prepare_data.py thing"):
+        verify(folder)
+    make_data_set(tmp_path, [range(100)], vocab_size=99)
+    with pytest.raises(DataError, match="token id 99 is outside the vocabulary of 99"):
+        verify(folder)
+
+
+# ---- which tokens a step sees ---------------------------------------------------------------------------------------
+
+def slow_blocks(shards, block_size):
+    """The oracle: every block of every shard, cut by hand."""
+    return [list(tokens[b * block_size : b * block_size + block_size + 1])
+            for tokens in shards for b in range((len(tokens) - 1) // block_size)]
+
+
+def rows(batch):
+    """idx and targets back to blocks of block_size + 1 tokens; asserts that targets are idx moved by one."""
+    idx, targets = batch
+    assert idx.dtype == targets.dtype == torch.int64 and idx.is_contiguous() and targets.is_contiguous()
+    assert torch.equal(idx[:, 1:], targets[:, :-1])
+    return torch.cat([idx, targets[:, -1:]], 1).tolist()
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4), block_size=st.integers(1, 12))
+def test_blocks_in_order_are_the_oracle_s(lengths, block_size, tmp_path_factory):
+    shards = [(np.arange(n) + 1000 * i).tolist() for i, n in enumerate(lengths)]
+    folder = make_data_set(tmp_path_factory.mktemp("set"), shards)
+    expected = slow_blocks(shards, block_size)
+    if not expected:
+        with pytest.raises(DataError, match=f"block_size={block_size}"):
+            TokenBlocks(folder, "train", block_size)
+        return
+    blocks = TokenBlocks(folder, "train", block_size)
+    assert blocks.n_blocks == len(expected)
+    assert rows(blocks.in_order(0, blocks.n_blocks)) == expected
+    assert rows(blocks.in_order(blocks.n_blocks - 1, 1)) == expected[-1:]
+    with pytest.raises(DataError, match="evaluate fewer"):
+        blocks.in_order(0, blocks.n_blocks + 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    shards = [(np.arange(n) + 1000 * i).tolist() for i, n in enumerate((50, 9, 33))]
+    return make_data_set(tmp_path_factory.mktemp("set"), shards, val=[range(40)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(sequences=st.integers(1, 60), ranks=st.integers(1, 4), micro_steps=st.integers(1, 3), seed=st.integers(0, 2**40))
+def test_a_step_sees_the_same_whoever_reads_it_and_an_epoch_sees_all_once(folder, sequences, ranks, micro_steps, seed):
+    sequences *= ranks * micro_steps
+    count = sequences // (ranks * micro_steps)
+    whole = TokenBlocks(folder, "train", 4, seed)
+    steps = -(-2 * whole.n_blocks // sequences)  # two epochs at least
+    seen = []
+    for step in range(steps):
+        together = rows(whole.batch(step, sequences, 0, sequences))
+        assert len(together) == sequences
+        seen += together
+    for step in reversed(range(steps)):  # a fresh reader (another rank, or a resume) that comes in another order
+        part = TokenBlocks(folder, "train", 4, seed)
+        apart = [row for i in range(ranks * micro_steps) for row in rows(part.batch(step, sequences, i * count, count))]
+        assert apart == seen[step * sequences : (step + 1) * sequences]
+        if steps - step > 2:
+            break
+    n = whole.n_blocks
+    every = sorted(rows(whole.in_order(0, n)))
+    assert sorted(seen[:n]) == sorted(seen[n : 2 * n]) == every
+    assert seen[:n] != seen[n : 2 * n] and seen[:n] != every  # 22 blocks: chance is 1 in 22!
+
+
+def test_seeds_differ_and_the_order_never_changes_between_versions(folder):
+    first = TokenBlocks(folder, "train", 4, seed=0)._permutation(0)
+    assert first.dtype == np.uint32
+    # Written down at the first version: a change here silently changes what every resumed run sees.
+    assert first[:8].tolist() == [0, 21, 2, 11, 20, 17, 9, 1]
+    assert first.tolist() != TokenBlocks(folder, "train", 4, seed=1)._permutation(0).tolist()
+
+
+def test_keeps_at_most_two_permutations(folder):
+    blocks = TokenBlocks(folder, "train", 4)
+    for step in range(5):
+        blocks.batch(step, blocks.n_blocks, 0, 1)
+    assert list(blocks._permutations) == [3, 4]
+
+
+def test_errors_name_what_to_change(folder):
+    with pytest.raises(DataError, match="longest shard of split 'val' has 40 tokens.*block_size=40 takes 41"):
+        TokenBlocks(folder, "val", 40)
+    with pytest.raises(DataError, match="no split 'test', there are train, val"):
+        TokenBlocks(folder, "test", 4)
+    with pytest.raises(DataError, match="seed=-1"):
+        TokenBlocks(folder, "train", 4, seed=-1)
+    with pytest.raises(AssertionError):
+        TokenBlocks(folder, "train", 4).batch(0, 8, 4, 5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs a GPU")
+def test_pins(folder):
+    assert all(t.is_pinned() for t in TokenBlocks(folder, "train", 4, pin_memory=True).batch(0, 4, 0, 4))
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text() | st.sampled_from(["<|endoftext|>", "a\r\nb\0c" * 50]))
+def test_bytes_are_utf8(text):
+    encoding = get_tokenizer("bytes")
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+
+
+def test_gpt2_s_ids(gpt2_cache):
+    encoding = get_tokenizer("gpt2")
+    assert encoding.encode_ordinary("Hello world") == [15496, 995]
+    assert encoding.encode_ordinary("The quick brown fox") == [464, 2068, 7586, 21831]
+    assert encoding.eot_token not in encoding.encode_ordinary("<|endoftext|>")
+    assert (encoding.n_vocab, encoding.eot_token) == (data.TOKENIZERS["gpt2"], 50256)
+
+
+def test_unknown_tokenizers_are_refused():
+    with pytest.raises(DataError, match="'cl100k_base'.*uint16.*--tokenizer"):
+        get_tokenizer("cl100k_base")
+
+
+def test_gpt2_without_a_network_fails_within_seconds(tmp_path, monkeypatch, gpt2_forgotten):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # refuses, so that the test runs alike with a network
+    begun = time.monotonic()
+    with pytest.raises(DataError, match="openaipublic.*could not be reached") as error:
+        get_tokenizer("gpt2")
+    assert time.monotonic() - begun < 5
+    assert str(tmp_path) in str(error.value) and "--tokenizer bytes" in str(error.value)
+    assert not os.listdir(tmp_path)
