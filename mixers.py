@@ -1,0 +1,475 @@
+"""
+Everything that is particular to many residual streams.
+
+A *mixer* turns K logits into an n x n matrix M, doubly stochastic but for the baselines; M mixes the n streams of the
+residual state at every sublayer. Each is one pure function and one line of `MIXERS`; the tests, the model, the
+benchmark and the diagnostics walk that registry.
+
+    >>> M = mixing_matrix("tbp", torch.randn(8, 9), n_streams=4)    # (8, 9) logits -> (8, 4, 4) matrices
+    >>> mixing_logits("tbp", M)                                     # and back
+    >>> hc = HyperConnection("tbp", n_streams=4, n_embd=64)
+    >>> x = hc(x, branch)                                           # (B, T, 4, 64), branch: (B, T, 64) -> (B, T, 64)
+
+Inside, a matrix is n rows of n *planes*: tensors of the shape of one logit, so that a mixer is a straight-line program
+which a compiler fuses into one kernel. Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732,
+KromHC 2601.21579, TBP and RTBP 2605.21724, identity mixing 2607.28611.
+"""
+import inspect
+import itertools
+import math
+from dataclasses import dataclass
+from functools import reduce
+from typing import Callable
+
+import torch
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mixers: logits (K, ...) -> n rows of n planes (...)
+
+
+def identity(logits, n):
+    """M = I: streams meet only through what is read and written (iHC, 2607.28611)."""
+    one, zero = logits.new_ones(logits.shape[1:]), logits.new_zeros(logits.shape[1:])
+    return [[one if i == j else zero for j in range(n)] for i in range(n)]
+
+
+def unconstrained(logits, n):
+    """M = the logits themselves, row by row (HC, 2409.19606): no constraint, so products of many may explode."""
+    planes = logits.unbind(0)
+    return [list(planes[i * n:(i + 1) * n]) for i in range(n)]
+
+
+def sinkhorn(logits, n, *, sinkhorn_rounds=20):
+    """Sinkhorn-Knopp of exp(logits) (mHC, 2512.24880, eq. 9): columns, then rows, divided by their sums, `rounds` times.
+
+    Rows, over which the mixing sums, come last and are exact to rounding; columns only in the limit. The first round
+    is taken in logarithms, where no row can underflow to nothing.
+    """
+    L = unconstrained(logits, n)
+    log_sums = [torch.logsumexp(torch.stack(column), 0) for column in zip(*L)]
+    L = [[l - s for l, s in zip(row, log_sums)] for row in L]
+    M = [[(l - reduce(torch.maximum, row)).exp() for l in row] for row in L]
+    M = [_divided(row) for row in M]
+    for _ in range(sinkhorn_rounds - 1):
+        columns = [_divided(column) for column in zip(*M)]
+        M = [_divided(row) for row in zip(*columns)]
+    return M
+
+
+def permutation(logits, n):
+    """sum_k softmax(logits)_k P_k over all n! permutations in lexicographic order (mHC-lite, 2601.05732)."""
+    weights = (logits - logits.amax(0)).exp()           # softmax() over 5040 strided logits is off by 4e-6, sum() is not
+    return unconstrained(_marginals(weights / weights.sum(0), n).clamp(max=1).flatten(0, 1), n)
+
+
+def _marginals(weights, n):
+    """sum_k weights_k P_k: (n!, ...) -> (n, n, ...). No table: the order says where the first row's one stands."""
+    if n == 1:
+        return weights[None]
+    weights = weights.unflatten(0, (n, -1))                                     # (n, (n-1)!, ...)
+    minors = _marginals(weights.transpose(0, 1), n - 1)                         # (n-1, n-1, n, ...): without row 0, column k
+    below = [minors[:, j - 1, :j].sum(1) + minors[:, min(j, n - 2), j + 1:].sum(1) for j in range(n)]
+    return torch.cat([weights.sum(1)[None], torch.stack(below, 1)])
+
+
+def kronecker(logits, n):
+    """U_K (x) ... (x) U_1 over the prime factors of n in rising order, each U a `permutation` mixture (KromHC)."""
+    M = [[logits.new_ones(logits.shape[1:])]]
+    factors = prime_factors(n)
+    for p, part in zip(factors, logits.split([math.factorial(p) for p in factors])):
+        U = permutation(part, p)
+        M = [[u * m for u in u_row for m in m_row] for u_row in U for m_row in M]
+    return M
+
+
+def tbp(pick, n, one):
+    """Transportation chart, entry by entry (TBP, 2605.21724): with r and c what is left of row i and column j,
+
+        lo = max(0, r_i - sum_{l>j} c_l)    hi = min(r_i, c_j)    M_ij = a point of [lo, hi]
+
+    The source's third bound, c_j - sum_{k>i} r_k, is never above 0 here: the rows below are still whole.
+    `pick(lo, hi, cells)` chooses the point; see `_chart`.
+    """
+    c, rows = [one] * n, []
+    for i in range(n - 1):
+        right = list(itertools.accumulate(reversed(c[1:])))[::-1]        # right[j] = sum_{l>j} c_l
+        r, row = one, []
+        for j in range(n - 1):
+            m = pick((r - right[j]).relu(), torch.minimum(r, c[j]), [(i, j)])
+            r, c[j] = r - m, c[j] - m
+            row.append(m)
+        c[-1] = (c[-1] - r).relu()
+        rows.append(row + [r])
+    return rows + [c]
+
+
+def rtbp(pick, n, one):
+    """Transportation chart, recursive (RTBP, 2605.21724): the mass of a block, how it spreads over margins, its parts."""
+    return _transport(pick, range(n), range(n), [one] * n, [one] * n)
+
+
+def _transport(pick, rows, cols, r, c):
+    """The cells rows x cols of M as a transportation problem with row margins r and column margins c."""
+    n = len(rows)
+    if n == 1:
+        return [[r[0]]]
+    if n == 2:
+        m = pick((r[0] - c[1]).relu(), torch.minimum(r[0], c[0]), _cells(rows[:1], cols[:1]))
+        return [[m, r[0] - m], [c[0] - m, (r[1] - (c[0] - m)).relu()]]
+    if n % 2:                                       # the corner, the rest of its column and of its row; n - 1 is even
+        m = pick((r[-1] - sum(c[:-1])).relu(), torch.minimum(r[-1], c[-1]), _cells(rows[-1:], cols[-1:]))
+        right = _spread(pick, c[-1] - m, r[:-1], [_cells([i], cols[-1:]) for i in rows[:-1]])
+        below = _spread(pick, r[-1] - m, c[:-1], [_cells(rows[-1:], [j]) for j in cols[:-1]])
+        inner = _transport(pick, rows[:-1], cols[:-1], _left(r[:-1], right), _left(c[:-1], below))
+        return [row + [last] for row, last in zip(inner, right)] + [below + [m]]
+    h = n // 2
+    R, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
+    m11 = pick((R - C2).relu(), torch.minimum(R, C1), _cells(rows[:h], cols[:h]))
+    a = _spread(pick, m11, r[:h], [_cells([i], cols[:h]) for i in rows[:h]])
+    g = _spread(pick, C1 - m11, r[h:], [_cells([i], cols[:h]) for i in rows[h:]])
+    u = _spread(pick, m11, c[:h], [_cells(rows[:h], [j]) for j in cols[:h]])
+    s = _spread(pick, R - m11, c[h:], [_cells(rows[:h], [j]) for j in cols[h:]])
+    upper = (_transport(pick, rows[:h], cols[:h], a, u), _transport(pick, rows[:h], cols[h:], _left(r[:h], a), s))
+    lower = (_transport(pick, rows[h:], cols[:h], g, _left(c[:h], u)),
+             _transport(pick, rows[h:], cols[h:], _left(r[h:], g), _left(c[h:], s)))
+    return [left + right for half in (upper, lower) for left, right in zip(*half)]
+
+
+def _spread(pick, mass, capacity, parts):
+    """Shares of `mass` within the capacities, by a binary tree of choices; parts[k]: the cells that share k covers."""
+    if len(capacity) == 1:
+        return [torch.minimum(mass, capacity[0])]
+    h = len(capacity) // 2
+    left, right = sum(capacity[:h]), sum(capacity[h:])
+    m = pick((mass - right).relu(), torch.minimum(mass, left), sum(parts[:h], []))
+    return _spread(pick, m, capacity[:h], parts[:h]) + _spread(pick, mass - m, capacity[h:], parts[h:])
+
+
+def _cells(rows, cols):
+    return list(itertools.product(rows, cols))
+
+
+def _left(margins, taken):
+    return [(m - t).relu() for m, t in zip(margins, taken)]
+
+
+def _divided(planes):
+    total = sum(planes).clamp(min=1e-30)
+    return [p / total for p in planes]
+
+
+def prime_factors(n):
+    """The prime factors of n in rising order: 12 -> [2, 2, 3]."""
+    p = next((p for p in range(2, math.isqrt(n) + 1) if n % p == 0), n)
+    return [p] + (prime_factors(n // p) if n > p else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts: one walk over the cells serves both directions
+
+
+def _chart(walk):
+    """(rows, inverse) of a transportation chart; the walk asks `pick(lo, hi, cells)` for the mass of some cells.
+
+    Forward, the mass is the point of [lo, hi] that the next logit says. Backward, the mass is known, and the logit is
+    what says it: on the interior it exists and is unique. Every choice leaves a feasible problem, so nothing is ever projected or renormalised.
+    """
+    def rows(logits, n, *, interval_map="plain"):
+        t = iter(logits.unbind(0))
+        return walk(lambda lo, hi, cells: _point(lo, hi, next(t), interval_map), n, torch.ones_like(logits[0]))
+
+    def inverse(M, n, *, interval_map="plain"):
+        logits = []
+
+        def pick(lo, hi, cells):
+            mass = sum(M[..., i, j] for i, j in cells)
+            share = (mass - lo) / (hi - lo)
+            if not ((0 < share) & (share < 1)).all():
+                raise ValueError(f"the matrix lies on the border of the polytope at cells {cells[:4]}, where logits are "
+                                 f"infinite; move it inside: 0.999 * M + 0.001 / {n}")
+            logits.append(share.logit() * (1 if interval_map == "plain" else (hi - lo + 1e-3) / 4))
+            return mass
+        walk(pick, n, torch.ones_like(M[..., 0, 0]))
+        return torch.stack(logits, -1)
+    return rows, inverse
+
+
+def _point(lo, hi, t, interval_map):
+    """The point of [lo, hi] at logit t; `scaled` keeps the slope at the middle however narrow the interval."""
+    width = hi - lo
+    if interval_map == "scaled":
+        t = 4 * t / (width + 1e-3)
+    return torch.minimum(lo + width * t.sigmoid(), hi)      # rounding must not leave a negative remainder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inverses: float64 matrices (..., n, n) -> logits (..., K)
+
+
+def _entries(M, n):
+    return M.flatten(-2)
+
+
+def _log_entries(M, n, *, sinkhorn_rounds=20):
+    if M.min() <= 0:
+        raise ValueError(f"smallest entry {M.min():.3g}: sinkhorn reaches only positive matrices; "
+                         f"move it inside: 0.999 * M + 0.001 / {n}")
+    return _entries(M.log(), n)
+
+
+def _permutation_logits(M, n):
+    """Birkhoff's theorem, greedily: the uniform matrix as far as it goes, then the permutation that carries most."""
+    columns, logits = torch.tensor(list(itertools.permutations(range(n)))), []            # (n!, n)
+    for matrix in M.reshape(-1, n, n):
+        if (uniform := n * matrix.min()) <= 0:
+            raise ValueError(f"smallest entry {matrix.min():.3g}: a softmax gives every permutation some weight and so "
+                             f"reaches only positive matrices; move it inside: 0.999 * M + 0.001 / {n}")
+        weights = M.new_full((len(columns),), uniform / len(columns))
+        rest = matrix - uniform / n
+        while (carried := rest[torch.arange(n), columns].amin(-1)).max() > 1e-15:           # (n!,)
+            k = carried.argmax()
+            weights[k] += carried[k]
+            rest[torch.arange(n), columns[k]] -= carried[k]
+        logits.append(weights.log())
+    return torch.stack(logits).reshape(*M.shape[:-2], -1)
+
+
+def _kronecker_logits(M, n):
+    """Each factor is what is left of M when the others are summed out."""
+    rest, size, logits = M, n, []
+    product = torch.ones_like(M[..., :1, :1])
+    for p in prime_factors(n):
+        size //= p
+        blocks = rest.unflatten(-1, (size, p)).unflatten(-3, (size, p))                     # (..., size, p, size, p)
+        U, rest = blocks.sum((-4, -2)) / size, blocks.sum((-3, -1)) / p
+        logits.append(_permutation_logits(U, p))
+        product = (U[..., :, None, :, None] * product[..., None, :, None, :]).flatten(-4, -3).flatten(-2, -1)
+    if (error := (product - M).abs().max()) > 1e-5:
+        raise ValueError(f"the matrix is no Kronecker product of {prime_factors(n)} (off by {error:.3g}): kronecker "
+                         "reaches only part of the polytope; tbp and rtbp reach all of it")
+    return torch.cat(logits, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
+
+
+def _uniform_blend(n, eps):
+    """(1 - eps) I + (eps / n) 11^T: where every mixer starts, so that a comparison of mixers compares mixers."""
+    return (1 - eps) * torch.eye(n, dtype=torch.float64) + eps / n
+
+
+def _kronecker_blend(n, eps):
+    """The blend is no Kronecker product: the product of such blends with the same diagonal, which is."""
+    lo, hi = 0.0, 1.0
+    for _ in range(60):
+        mid = (lo + hi) / 2
+        diagonal = math.prod(1 - mid + mid / p for p in prime_factors(n))
+        lo, hi = (mid, hi) if diagonal > 1 - eps + eps / n else (lo, mid)
+    return reduce(lambda M, p: torch.kron(_uniform_blend(p, lo), M), prime_factors(n), torch.ones(1, 1).double())
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """One way to mix n streams.
+
+    n_logits(n) -> K, or ValueError where the mixer is not defined
+    rows(logits (K, ...), n, **options) -> n rows of n planes (...)
+    inverse(M (..., n, n) in float64, n, **options) -> logits (..., K)
+    start(n, eps) -> (n, n), the matrix that training starts from
+    exact: doubly stochastic to rounding at any logits
+    bounded: the map bounds M by itself; otherwise HyperConnection bounds what a token adds to it by tanh
+    """
+    n_logits: Callable
+    rows: Callable
+    inverse: Callable
+    start: Callable = _uniform_blend
+    exact: bool = True
+    bounded: bool = True
+
+
+def _n_permutations(n):
+    if math.factorial(n) > 5040:
+        raise ValueError(f"a mixture of permutations of {n} streams needs {n}! = {math.factorial(n)} logits; the most "
+                         "is 7! = 5040. tbp and rtbp reach every doubly stochastic matrix with (n-1)^2")
+    return math.factorial(n)
+
+
+def _no_logits(M, n):
+    return M.new_zeros(*M.shape[:-2], 0)
+
+
+MIXERS = {
+    "residual": Mixer(lambda n: 0, identity, _no_logits),
+    "identity": Mixer(lambda n: 0, identity, _no_logits),
+    "hc": Mixer(lambda n: n * n, unconstrained, _entries, lambda n, eps: torch.eye(n).double(), exact=False, bounded=False),
+    "sinkhorn": Mixer(lambda n: n * n, sinkhorn, _log_entries, exact=False),
+    "permutation": Mixer(_n_permutations, permutation, _permutation_logits),
+    "kronecker": Mixer(lambda n: sum(map(_n_permutations, prime_factors(n))), kronecker, _kronecker_logits, _kronecker_blend),
+    "tbp": Mixer(lambda n: (n - 1) ** 2, *_chart(tbp)),
+    "rtbp": Mixer(lambda n: (n - 1) ** 2, *_chart(rtbp)),
+}
+
+
+def mixer_options(name):
+    """The names of the options that mixer `name` takes, with their defaults. ValueError for an unknown name."""
+    if name not in MIXERS:
+        raise ValueError(f"unknown mixer {name!r}; there are {', '.join(MIXERS)}")
+    parameters = inspect.signature(MIXERS[name].rows).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+
+
+def n_logits(name, n_streams):
+    """K, how many logits mixer `name` takes for n streams. ValueError for an n where it is not defined."""
+    mixer_options(name)
+    if name == "residual" and n_streams != 1:
+        raise ValueError(f"residual is the plain one-stream GPT: n_streams must be 1, not {n_streams}")
+    if name != "residual" and n_streams < 2:
+        raise ValueError(f"{name} mixes streams: n_streams must be at least 2, not {n_streams}; one stream is 'residual'")
+    return MIXERS[name].n_logits(n_streams)
+
+
+def _check_options(name, options):
+    """ValueError unless mixer `name` takes these options with these values."""
+    known = mixer_options(name)
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{name} takes no option {key!r}; it takes {', '.join(known) or 'none'}")
+        if key == "interval_map" and value not in ("plain", "scaled"):
+            raise ValueError(f"interval_map must be 'plain' or 'scaled', not {value!r}")
+        if key == "sinkhorn_rounds" and value < 1:
+            raise ValueError(f"sinkhorn_rounds must be at least 1, not {value}")
+
+
+def mixing_matrix(name, logits, n_streams, **options):
+    """The mixing matrix of mixer `name`: logits (..., K) -> (..., n, n), computed in float32 (float64 stays float64).
+
+    Options: interval_map='plain' or 'scaled' (tbp, rtbp), sinkhorn_rounds=20 (sinkhorn). ValueError for an unknown
+    name or option, an n where the mixer is not defined, or a wrong number of logits.
+    """
+    K = n_logits(name, n_streams)
+    _check_options(name, options)
+    if logits.ndim < 1 or logits.shape[-1] != K:
+        raise ValueError(f"{name} with {n_streams} streams takes {K} logits in the last dimension, not "
+                         f"{logits.shape[-1] if logits.ndim else 'a scalar'} (shape {tuple(logits.shape)})")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).movedim(-1, 0)
+    return _stacked(MIXERS[name].rows(logits, n_streams, **options)).movedim((0, 1), (-2, -1))
+
+
+def mixing_logits(name, matrix, **options):
+    """Logits (..., K) at which mixer `name` gives `matrix` (..., n, n); the inverse of `mixing_matrix`, in float64.
+
+    ValueError for a matrix that is not doubly stochastic, lies on the border of the polytope, or that the mixer
+    cannot reach. The result has the matrix's dtype.
+    """
+    n = matrix.shape[-1] if matrix.ndim else 0
+    if matrix.ndim < 2 or matrix.shape[-2] != n:
+        raise ValueError(f"matrices (..., n, n) are wanted, not a tensor of shape {tuple(matrix.shape)}")
+    n_logits(name, n)
+    _check_options(name, options)
+    M = matrix.detach().double()
+    if MIXERS[name].bounded and not (error := ds_error(M).max()) <= DS_TOLERANCE:        # a NaN is refused as well
+        raise ValueError(f"the matrix is not doubly stochastic: its worst entry, row or column sum is off by {error:.3g}")
+    return MIXERS[name].inverse(M, n, **options).to(matrix.dtype)
+
+
+DS_TOLERANCE = 1e-4     # what mixing_logits takes for doubly stochastic: float32 rounding, not 20 Sinkhorn rounds
+
+
+def ds_error(M):
+    """How far (..., n, n) is from doubly stochastic: max of |row sum - 1|, |column sum - 1| and -min entry. (...)"""
+    sums = torch.maximum((M.sum(-1) - 1).abs().amax(-1), (M.sum(-2) - 1).abs().amax(-1))
+    return torch.maximum(sums, -M.amin((-2, -1)))
+
+
+def composite_gain(matrices):
+    """The largest absolute row or column sum of any product M_L ... M_l of (n, n) matrices, l <= L: how much a signal
+    can grow on its way forward or backward (the Amax gain of 2512.24880). 1 if they are all doubly stochastic."""
+    largest, products = 1.0, None
+    for M in matrices:
+        products = M[None].double() if products is None else torch.cat([M.double() @ products, M[None].double()])
+        largest = max(largest, products.abs().sum(-1).max().item(), products.abs().sum(-2).max().item())
+    return largest
+
+
+def _stacked(rows):
+    return torch.stack([torch.stack(row) for row in rows])      # (n, n, ...)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The module around a branch
+
+
+class HyperConnection(nn.Module):
+    """n residual streams around a branch F: read u = sum_j a_j x_j, and x'_i = sum_j M_ij x_j + w_i F(u).
+
+    a, w and M depend on the token (`dynamic`, mHC eq. 5-8 of 2512.24880) or are parameters of the layer (static). At
+    the start a sums to 1, w is 1 and M's rows sum to 1: on equal streams the module is exactly x + F(x).
+
+    layer: the index of the sublayer; stream layer % n is read most, with weight `read_start`, so that different
+    layers read different streams, which is what drives equal streams apart. mix_start: the eps of the starting
+    matrix (1 - eps) I + (eps / n) 11^T. options: the mixer's own. The residual mixer is x + F(x), with one stream.
+    """
+
+    def __init__(self, mixer, n_streams, n_embd, *, layer=0, dynamic=True, mix_start=0.01, read_start=0.7, **options):
+        super().__init__()
+        K = n_logits(mixer, n_streams)
+        _check_options(mixer, options)
+        for name, value in (("mix_start", mix_start), ("read_start", read_start)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+        self.mixer, self.n_streams, self.n_embd = mixer, n_streams, n_embd
+        self.parts, self.options = (n_streams, n_streams, K), options
+        self.dynamic = dynamic and mixer != "residual"
+        self.start = layer % n_streams, mix_start, read_start
+        if mixer != "residual":
+            self.bias = nn.Parameter(torch.empty(sum(self.parts)))          # read, write, mix
+            if self.dynamic:
+                self.phi = nn.Parameter(torch.empty(n_streams * n_embd, sum(self.parts)))
+                self.alpha = nn.Parameter(torch.empty(3))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        if self.mixer == "residual":
+            return
+        favoured, mix_start, read_start = self.start
+        n, spec = self.n_streams, MIXERS[self.mixer]
+        read = torch.full((n,), (1 - read_start) / (n - 1), dtype=torch.float64)
+        read[favoured] = read_start
+        mix = spec.inverse(spec.start(n, mix_start), n, **self.options)
+        write = torch.zeros(n) if spec.bounded else torch.ones(n)           # 2 sigmoid(0) = 1
+        self.bias.copy_(torch.cat([read.logit() if spec.bounded else read, write, mix]))
+        if self.dynamic:
+            self.phi.zero_()
+            self.alpha.fill_(0.01)
+
+    def coefficients(self, x):
+        """x (B, T, n, C) -> read (n, B, T), write (n, B, T), M (n, n, B, T) in float32; static: B = T = 1."""
+        n, spec = self.n_streams, MIXERS[self.mixer]
+        bias = self.bias[:, None, None]
+        if self.dynamic:
+            flat = x.flatten(2)                                                             # (B, T, n*C)
+            z = (flat @ self.phi).float() * torch.rsqrt(flat.float().square().mean(-1, keepdim=True) + 1e-6)
+            z = z.movedim(-1, 0)                                                            # (2n + K, B, T)
+            gain = torch.cat([a.expand(k) for a, k in zip(self.alpha, self.parts)])[:, None, None]
+            logits = bias + gain * (z if spec.bounded else z.tanh())
+        else:
+            logits = bias
+        read, write, mix = logits.split(self.parts)
+        if spec.bounded:
+            read, write = read.sigmoid(), 2 * write.sigmoid()
+        return read, write, _stacked(spec.rows(mix, n, **self.options))
+
+    def forward(self, x, branch):
+        """x (B, T, n, C), branch: (B, T, C) -> (B, T, C); the new streams (B, T, n, C) in x's dtype."""
+        if self.mixer == "residual":
+            return x + branch(x.squeeze(2)).unsqueeze(2)
+        read, write, M = self.coefficients(x)
+        u = sum(a[..., None] * x_j for a, x_j in zip(read, x.unbind(2))).to(x.dtype)        # (B, T, C)
+        v = branch(u)
+        new = write.movedim(0, -1)[..., None] * v[:, :, None]                               # (B, T, n, C)
+        for j in range(self.n_streams):
+            new = new + M[:, j].movedim(0, -1)[..., None] * x[:, :, j, None]
+        return new.to(x.dtype)

@@ -1,0 +1,176 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from mixers import (MIXERS, HyperConnection, composite_gain, ds_error, mixer_options, mixing_logits, mixing_matrix,
+                    n_logits)
+from oracle import ORACLES
+
+EXACT = [name for name, mixer in MIXERS.items() if mixer.exact and name != "residual"]
+CHARTS = [(name, interval_map) for name in ("tbp", "rtbp") for interval_map in ("plain", "scaled")]
+
+
+def defined(name, ns):
+    """The numbers of streams among ns for which the mixer is defined and small enough for a test."""
+    ns = [1] if name == "residual" else ns
+    return [n for n in ns if not refused(name, n) and n_logits(name, n) <= 720]
+
+
+def refused(name, n):
+    try:
+        n_logits(name, n)
+    except ValueError:
+        return True
+
+
+def cases(names=MIXERS, ns=range(2, 17)):
+    """(name, n, options) for each mixer, size and way of mapping intervals."""
+    return [(name, n, options) for name in names for n in defined(name, ns)
+            for options in ([{"interval_map": m} for m in ("plain", "scaled")] if "interval_map" in mixer_options(name) else [{}])]
+
+
+def interior(n, count, seed=0):
+    """Random doubly stochastic matrices (count, n, n), float64, away from the border and without symmetry."""
+    M = torch.randn(count, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).exp()
+    for _ in range(1000):
+        M = M / M.sum(-2, keepdim=True)
+        M = M / M.sum(-1, keepdim=True)
+    return M
+
+
+@pytest.mark.parametrize("name, n, options", cases())
+def test_values_against_the_oracle(name, n, options):
+    logits = torch.randn(3, n_logits(name, n), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    M = mixing_matrix(name, logits, n, **options)
+    assert M.shape == (3, n, n)
+    for row, got in zip(logits, M):
+        np.testing.assert_allclose(got, ORACLES[name](row.tolist(), n, **options), atol=1e-12)
+    if name not in ("residual", "identity") and n & (n - 1 if name == "kronecker" else n - 2):      # 2 x 2 is symmetric
+        assert (M - M.mT).abs().max() > 1e-3, "a symmetric matrix could not tell M from its transpose"
+
+
+@pytest.mark.parametrize("name, n, options", cases(ns=(2, 3, 4, 5)))
+def test_gradients_in_float64(name, n, options):
+    if n_logits(name, n):
+        logits = torch.randn(2, n_logits(name, n), generator=torch.Generator().manual_seed(n), dtype=torch.float64) / 2
+        assert torch.autograd.gradcheck(lambda t: mixing_matrix(name, t, n, **options), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_computes_in_at_least_float32(dtype):
+    M = mixing_matrix("tbp", torch.randn(5, 9).to(dtype), 4)
+    assert M.dtype == torch.promote_types(dtype, torch.float32) and ds_error(M).max() < 1e-6
+
+
+@pytest.mark.parametrize("name, n, options", cases(EXACT))
+@pytest.mark.parametrize("scale", [1, 20, 100, 1e4])
+def test_exactly_doubly_stochastic_at_any_logits(name, n, options, scale):
+    K = n_logits(name, n)
+    generator = torch.Generator().manual_seed(n)
+    corners = torch.stack([torch.zeros(K), torch.full((K,), scale), torch.full((K,), -scale),
+                           scale * (torch.arange(K) % 2 * 2.0 - 1)])
+    logits = torch.cat([scale * torch.randn(2000 if K < 300 else 100, K, generator=generator),
+                        scale * torch.randn(100, K, generator=generator).sign(), corners]).requires_grad_()
+    M = mixing_matrix(name, logits, n, **options)
+    assert M.min() >= 0 and M.max() <= 1
+    assert ds_error(M).max() <= (1e-6 if n <= 8 else 2e-6)
+    if K:
+        weight = torch.arange(n * n).view(n, n) ** 1.5
+        gradient, = torch.autograd.grad((M * weight).sum(), logits)
+        assert gradient.isfinite().all()
+        if scale == 1 and options != {"interval_map": "scaled"}:
+            assert (gradient[:-4] != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("n", [2, 4, 7, 16])
+@pytest.mark.parametrize("scale", [1, 100, 1e4])
+def test_sinkhorn_is_finite_non_negative_and_has_exact_rows(n, scale):
+    logits = (scale * torch.randn(500, n * n, generator=torch.Generator().manual_seed(n))).requires_grad_()
+    M = mixing_matrix("sinkhorn", logits, n)
+    gradient, = torch.autograd.grad((M * torch.arange(n)).sum(), logits)
+    assert M.min() >= 0 and gradient.isfinite().all() and (M.sum(-1) - 1).abs().max() < 1e-6
+    assert scale > 1 or ds_error(M).max() < 0.05
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_charts_stay_in_the_polytope_at_adversarial_logits(data):
+    name, interval_map = data.draw(st.sampled_from(CHARTS))
+    n = data.draw(st.integers(2, 9))
+    logits = data.draw(st.lists(st.floats(-1e4, 1e4, width=32), min_size=(n - 1) ** 2, max_size=(n - 1) ** 2))
+    M = mixing_matrix(name, torch.tensor(logits), n, interval_map=interval_map)
+    assert M.min() >= 0 and M.max() <= 1 and ds_error(M) <= 2e-6
+
+
+@pytest.mark.parametrize("name, n, options", cases(["tbp", "rtbp", "sinkhorn", "permutation"], ns=range(2, 17)))
+def test_inverse_reaches_any_interior_matrix(name, n, options):
+    M = interior(n, 4)
+    logits = mixing_logits(name, M, **options)
+    assert logits.shape == (4, n_logits(name, n)) and logits.dtype == torch.float64
+    assert (mixing_matrix(name, logits, n, **options) - M).abs().max() < 1e-9
+    if name in ("tbp", "rtbp"):                 # a bijection: the logits come back as well
+        assert (mixing_logits(name, mixing_matrix(name, logits, n, **options), **options) - logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 8, 9, 10, 12, 16])
+def test_inverse_of_a_kronecker_product(n):
+    M = mixing_matrix("kronecker", torch.randn(3, n_logits("kronecker", n)).double(), n)
+    assert (mixing_matrix("kronecker", mixing_logits("kronecker", M), n) - M).abs().max() < 1e-9
+
+
+def test_leading_shapes_and_single_matrices():
+    logits = torch.randn(2, 3, 5, 9)
+    M = mixing_matrix("rtbp", logits, 4)
+    assert M.shape == (2, 3, 5, 4, 4)
+    assert torch.equal(M[1, 2, 3], mixing_matrix("rtbp", logits[1, 2, 3], 4))
+    assert mixing_matrix("identity", torch.zeros(7, 0), 3).shape == (7, 3, 3)
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: n_logits("sinkhron", 4), "sinkhorn"),
+    (lambda: n_logits("tbp", 1), "n_streams must be at least 2, not 1"),
+    (lambda: n_logits("residual", 4), "must be 1, not 4"),
+    (lambda: n_logits("permutation", 8), "8! = 40320"),
+    (lambda: n_logits("kronecker", 22), "11! = 39916800"),
+    (lambda: mixing_matrix("tbp", torch.zeros(8), 4), "takes 9 logits in the last dimension, not 8"),
+    (lambda: mixing_matrix("tbp", torch.tensor(1.0), 4), "scalar"),
+    (lambda: mixing_matrix("tbp", torch.zeros(9), 4, rounds=3), "no option 'rounds'; it takes interval_map"),
+    (lambda: mixing_matrix("tbp", torch.zeros(9), 4, interval_map="scald"), "'scald'"),
+    (lambda: mixing_matrix("sinkhorn", torch.zeros(16), 4, sinkhorn_rounds=0), "not 0"),
+    (lambda: mixing_logits("tbp", torch.ones(4, 4)), "not doubly stochastic"),
+    (lambda: mixing_logits("tbp", torch.full((4, 4), math.nan)), "not doubly stochastic"),
+    (lambda: mixing_logits("tbp", torch.ones(4, 3)), "(4, 3)"),
+    (lambda: mixing_logits("tbp", torch.eye(4)), "border of the polytope"),
+    (lambda: mixing_logits("sinkhorn", torch.eye(4)), "smallest entry 0"),
+    (lambda: mixing_logits("permutation", torch.eye(4)), "smallest entry 0"),
+    (lambda: mixing_logits("kronecker", interior(4, 1)), "no Kronecker product"),
+    (lambda: HyperConnection("tbp", 4, 8, read_start=1.0), "read_start"),
+    (lambda: HyperConnection("tbp", 4, 8, sinkhorn_rounds=3), "no option 'sinkhorn_rounds'"),
+])
+def test_refusals_name_the_value(call, says):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name, n, options", cases([name for name in MIXERS if name not in ("residual", "hc", "identity")]))
+def test_every_mixer_starts_at_the_same_matrix(name, n, options):
+    """(1 - eps) I + (eps / n) 11^T; kronecker, which cannot, has at least its diagonal."""
+    M = HyperConnection(name, n, 8, dynamic=False, mix_start=0.05, **options).coefficients(torch.zeros(1, 1, n, 8))[2][..., 0, 0]
+    start = 0.95 * torch.eye(n) + 0.05 / n
+    if name == "kronecker":
+        assert torch.allclose(M.diagonal(), start.diagonal(), atol=1e-5) and ds_error(M) < 1e-6
+    else:
+        assert torch.allclose(M, start, atol=1e-5)
+
+
+def test_composite_gain():
+    M = [mixing_matrix("rtbp", 3 * torch.randn(9), 4) for _ in range(48)]
+    assert abs(composite_gain(M) - 1) < 1e-5
+    a, b = torch.tensor([[1.0, -2.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+    products = [a, b, b @ a]                    # later matrices stand on the left
+    assert composite_gain([a, b]) == max(max(p.abs().sum(0).max(), p.abs().sum(1).max()).item() for p in products)
+    assert composite_gain([]) == 1
