@@ -1,0 +1,181 @@
+import math
+
+import pytest
+import torch
+
+from mixers import MIXERS, HyperConnection, n_logits
+from model import GPT, GPTConfig, sample_token
+
+SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)
+
+
+def build(mixer, seed=0, n_streams=4, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**SIZES, "mixer": mixer, "n_streams": 1 if mixer == "residual" else n_streams, **changes}))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(SIZES["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("n_streams", [2, 3, 4])
+def test_starts_as_the_plain_gpt(mixer, dynamic, n_streams, tokens):
+    plain = build("residual")(tokens)[0]
+    logits = build(mixer, n_streams=n_streams, dynamic=dynamic)(tokens)[0]
+    assert (logits - plain).abs().max() < 1e-6
+
+
+def trained(model, tokens, steps, lr=1e-2):
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "residual"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_streams_part_and_every_mixer_parameter_learns(mixer, dynamic, tokens):
+    model = build(mixer, dynamic=dynamic, mix_start=0.2)
+    trained(model, tokens, 20)
+    streams = []
+    model.head.register_forward_pre_hook(lambda head, args: streams.append(args[0]))
+    model.zero_grad()
+    model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+    x = streams[0]                                                          # (B, T, n, C)
+    assert (x - x.mean(2, keepdim=True)).norm() > 1e-3 * x.norm()
+    # Two matrices can never matter: the first mixes equal streams, and the last is averaged away with the streams.
+    inert = {"blocks.0.hc_attn", "blocks.1.hc_mlp"} if MIXERS[mixer].bounded else {"blocks.0.hc_attn"}
+    for name, hc in model.named_modules():
+        if isinstance(hc, HyperConnection):
+            read, write, mix = (part.norm() for part in hc.bias.grad.split(hc.parts))
+            assert write > 1e-5 and (read > 1e-7 or name == "blocks.0.hc_attn"), name
+            assert mix > 1e-8 or name in inert or not n_logits(mixer, 4), name
+            if dynamic:
+                assert hc.phi.grad.norm() > 1e-5 and hc.alpha.grad[1].abs() > 1e-7, name
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_fits_a_few_sequences(mixer, tokens):
+    assert trained(build(mixer), tokens, 60) < 1.0 < math.log(61) - 1
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_parameter_groups_partition_by_role(mixer, dynamic):
+    model = build(mixer, dynamic=dynamic)
+    decay, keep = model.parameter_groups(0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sorted(names) == sorted(id(p) for group in (decay, keep) for p in group["params"])
+    assert decay["weight_decay"] == 0.1 and keep["weight_decay"] == 0
+    assert {names[id(p)].split(".")[-1] for p in keep["params"]} <= {"bias", "alpha", "weight"}
+    assert all("ln_" in names[id(p)] or not names[id(p)].endswith("weight") for p in keep["params"])
+    assert all(names[id(p)].endswith(("weight", "phi")) and "ln_" not in names[id(p)] for p in decay["params"])
+
+
+def test_initialisation_refuses_a_parameter_it_does_not_know():
+    model = build("tbp")
+    model.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="extra"):
+        model.init_parameters()
+
+
+def test_counts_and_flops():
+    model, plain = build("tbp"), build("residual")
+    counts, K = model.parameter_counts(), 9
+    assert counts["hyper_connections"] == 4 * ((4 * 24 + 1) * (8 + K) + 3)
+    assert counts["total"] - counts["hyper_connections"] == plain.parameter_counts()["total"] == sum(p.numel() for p in plain.parameters())
+    assert plain.flops_per_token() == 6 * (2 * 12 * 24 * 24 + 61 * 24) + 12 * 2 * 24 * 16
+    assert model.flops_per_token() - plain.flops_per_token() == 4 * (6 * 4 * 24 * (8 + K) + 6 * 24 * (4 + 4 + 16))
+
+
+@pytest.mark.parametrize("mixer", ["residual", "tbp"])
+def test_generation_with_the_cache_is_generation_without(mixer, tokens):
+    model = build(mixer)
+    trained(model, tokens, 5)
+    model.eval()
+    out = model.generate(tokens[:, :4], 12, temperature=0)
+    idx = tokens[:, :4]
+    for _ in range(12):
+        idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, idx)
+    longer = model.generate(tokens, 30, temperature=0)                      # beyond block_size: the last half begins anew
+    assert longer.shape == (3, 46)
+    assert torch.equal(longer[:, 17:18], model(longer[:, 9:17])[0][:, -1].argmax(-1, keepdim=True))
+
+
+def test_sampling_filters():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]]).repeat(2000, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample_token(logits, generator=generator).flatten().tolist()) == {0, 1, 2, 3, 4}
+    assert set(sample_token(logits, top_k=2, generator=generator).flatten().tolist()) == {0, 1}
+    assert set(sample_token(logits, top_p=0.7, generator=generator).flatten().tolist()) == {0, 1}      # .64 + .23
+    assert set(sample_token(logits, temperature=0).flatten().tolist()) == {0}
+    assert torch.equal(*(sample_token(logits, generator=torch.Generator().manual_seed(3)) for _ in range(2)))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gpt2_weights_load_without_changing_what_gpt2_computes(mixer, tokens):
+    """Against a GPT-2 written out by hand from weights under Hugging Face's names and layout."""
+    generator, C = torch.Generator().manual_seed(1), 24
+    shapes = {"wte.weight": (61, C), "wpe.weight": (32, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for layer in range(2):
+        shapes |= {f"h.{layer}.{name}": shape for name, shape in {
+            "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
+            "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
+            "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,), "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}.items()}
+    w = {name: torch.randn(shape, generator=generator) / 5 for name, shape in shapes.items()}
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:16]
+    for layer in ("h.0", "h.1"):
+        q, k, v = (t.view(3, 16, 2, 12).transpose(1, 2) for t in linear(norm(x, layer + ".ln_1"), layer + ".attn.c_attn").split(C, -1))
+        scores = (q @ k.mT / 12 ** 0.5).masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf).softmax(-1)
+        x = x + linear((scores @ v).transpose(1, 2).reshape(3, 16, C), layer + ".attn.c_proj")
+        h = linear(norm(x, layer + ".ln_2"), layer + ".mlp.c_fc")
+        h = 0.5 * h * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h ** 3)))
+        x = x + linear(h, layer + ".mlp.c_proj")
+    expected = norm(x, "ln_f") @ w["wte.weight"].t()
+
+    model = build(mixer, bias=True, vocab_size=64)
+    model.load_gpt2({"transformer." + name: tensor for name, tensor in w.items()})
+    assert (model(tokens)[0][..., :61] - expected).abs().max() < 1e-4
+
+
+def test_gpt2_weights_that_do_not_fit_are_refused():
+    weights = {"wte.weight": torch.zeros(61, 32), "wpe.weight": torch.zeros(16, 32)}
+    with pytest.raises(ValueError, match=r"wte.weight has shape \(61, 24\).*\(61, 32\)"):
+        build("tbp").load_gpt2(weights)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(n_head=5), "n_embd 24 is not divisible by n_head 5"), (dict(mixer="tpb"), "unknown mixer 'tpb'"),
+    (dict(n_streams=1), "at least 2, not 1"), (dict(n_layer=0), "n_layer must be at least 1, not 0"),
+    (dict(dropout=1.0), "dropout must be in"), (dict(mixer="permutation", n_streams=9), "362880"),
+    (dict(mix_start=0.0), "mix_start must lie between 0 and 1, not 0.0"),
+])
+def test_bad_configs_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        GPT(GPTConfig(**{**SIZES, **changes}))
+
+
+def test_too_long_a_sequence_is_refused(tokens):
+    with pytest.raises(ValueError, match="32 tokens are more than block_size 16"):
+        build("tbp")(tokens.repeat(1, 2))
+
+
+def test_mixing_matrices_are_one_a_sublayer(tokens):
+    matrices = build("rtbp").mixing_matrices(tokens)
+    assert len(matrices) == 4 and all((M.sum(0) - 1).abs().max() < 1e-6 for M in matrices)
+    assert build("residual").mixing_matrices(tokens) == []
