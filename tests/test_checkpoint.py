@@ -1,0 +1,117 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import RunError
+from conftest import ROOT
+
+
+def state(step, size=1000):
+    return {"step": step, "model": {"w": torch.full((size,), float(step))}, "optimizer": {}, "config": {}, "model_config": {},
+            "tokenizer": "bytes"}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    for step, best in ((1, True), (2, True), (3, False), (4, False), (5, False)):
+        checkpoint.save(tmp_path, state(step), keep=2, best=best)
+    assert names(tmp_path) == ["best.pt", "ckpt_0000004.pt", "ckpt_0000005.pt"]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
+    assert checkpoint.load(checkpoint.latest(tmp_path))["step"] == 5
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "torch.save"])
+def test_a_failure_while_writing_leaves_what_was_there(call, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(1), keep=1, best=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(call, fail)
+    with pytest.raises(RunError, match="ones before it are unchanged.*--init_from=resume"):
+        checkpoint.save(tmp_path, state(2), keep=1, best=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_what_was_there(small_disk):
+    checkpoint.save(small_disk, state(1, 100_000), keep=2, best=True)
+    checkpoint.save(small_disk, state(2, 100_000), keep=2, best=False)
+    with pytest.raises(RunError, match="could not be written"):
+        checkpoint.save(small_disk, state(3, 100_000), keep=2, best=False)
+    assert names(small_disk) == ["best.pt", "ckpt_0000001.pt", "ckpt_0000002.pt"]
+    assert checkpoint.load(checkpoint.latest(small_disk))["step"] == 2
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
+    """Records carry a checksum; what none covers (padding, timestamps) may change, what is loaded may not."""
+    path = checkpoint.save(tmp_path, state(1, 300), keep=1, best=False)
+    whole, wanted = path.read_bytes(), torch.full((300,), 1.0)
+    noticed = 0
+    for at in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[at] ^= 16
+        path.write_bytes(damaged)
+        try:
+            assert torch.equal(checkpoint.load(path)["model"]["w"], wanted), at
+        except RunError:
+            noticed += 1
+    assert noticed > len(whole) / 7 / 3
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "not a whole checkpoint"), (b"PK\x03\x04nonsense", "not a whole checkpoint"), (None, "no such checkpoint")])
+def test_what_is_no_checkpoint_is_refused(content, says, tmp_path):
+    if content is not None:
+        (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(RunError, match=says):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_another_kind_of_torch_file_is_refused(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
+    with pytest.raises(RunError, match="lacks config, model, model_config, optimizer, step, tokenizer"):
+        checkpoint.load(tmp_path / "x.pt")
+    torch.save(torch.zeros(3), tmp_path / "x.pt")
+    with pytest.raises(RunError, match="a dict of tensors is wanted, not a Tensor"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_the_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
+    code = "import checkpoint, sys, time; held = checkpoint.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match="another run is writing to"):
+        checkpoint.lock(tmp_path)
+    holder.kill()
+    holder.wait()
+    checkpoint.lock(tmp_path).close()
+
+
+def test_metrics_drop_what_lies_beyond_the_step_and_half_a_line(tmp_path):
+    metrics = checkpoint.Metrics(tmp_path, 0)
+    for step in range(1, 6):
+        metrics.write(step=step, loss=float("nan") if step == 2 else 1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    checkpoint.Metrics(tmp_path, 3).write(step=4, loss=2.0)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, None), (3, 1.0), (4, 2.0)]
