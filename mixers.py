@@ -185,9 +185,6 @@ def _chart(walk):
         def pick(lo, hi, cells):
             mass = sum(M[..., i, j] for i, j in cells)
             share = (mass - lo) / (hi - lo)
-            if not ((0 < share) & (share < 1)).all():
-                raise ValueError(f"the matrix lies on the border of the polytope at cells {cells[:4]}, where logits are "
-                                 f"infinite; move it inside: 0.999 * M + 0.001 / {n}")
             logits.append(share.logit() * (1 if interval_map == "plain" else (hi - lo + 1e-3) / 4))
             return mass
         walk(pick, n, torch.ones_like(M[..., 0, 0]))
@@ -204,7 +201,7 @@ def _point(lo, hi, t, interval_map):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inverses: float64 matrices (..., n, n) -> logits (..., K)
+# Inverses: float64 matrices (..., n, n) -> logits (..., K), not finite where no logits give the matrix
 
 
 def _entries(M, n):
@@ -212,9 +209,6 @@ def _entries(M, n):
 
 
 def _log_entries(M, n, *, sinkhorn_rounds=20):
-    if M.min() <= 0:
-        raise ValueError(f"smallest entry {M.min():.3g}: sinkhorn reaches only positive matrices; "
-                         f"move it inside: 0.999 * M + 0.001 / {n}")
     return _entries(M.log(), n)
 
 
@@ -222,9 +216,7 @@ def _permutation_logits(M, n):
     """Birkhoff's theorem, greedily: the uniform matrix as far as it goes, then the permutation that carries most."""
     columns, logits = torch.tensor(list(itertools.permutations(range(n)))), []            # (n!, n)
     for matrix in M.reshape(-1, n, n):
-        if (uniform := n * matrix.min()) <= 0:
-            raise ValueError(f"smallest entry {matrix.min():.3g}: a softmax gives every permutation some weight and so "
-                             f"reaches only positive matrices; move it inside: 0.999 * M + 0.001 / {n}")
+        uniform = n * matrix.min()
         weights = M.new_full((len(columns),), uniform / len(columns))
         rest = matrix - uniform / n
         while (carried := rest[torch.arange(n), columns].amin(-1)).max() > 1e-15:           # (n!,)
@@ -255,9 +247,16 @@ def _kronecker_logits(M, n):
 # The registry
 
 
-def _uniform_blend(n, eps):
+def _blend(n, eps):
     """(1 - eps) I + (eps / n) 11^T: where every mixer starts, so that a comparison of mixers compares mixers."""
     return (1 - eps) * torch.eye(n, dtype=torch.float64) + eps / n
+
+
+def _permutation_blend(n, eps):
+    """All permutations share eps, the identity, which is the first, has the rest."""
+    weights = torch.full((math.factorial(n),), eps / math.factorial(n), dtype=torch.float64)
+    weights[0] += 1 - eps
+    return weights.log()
 
 
 def _kronecker_blend(n, eps):
@@ -267,7 +266,7 @@ def _kronecker_blend(n, eps):
         mid = (lo + hi) / 2
         diagonal = math.prod(1 - mid + mid / p for p in prime_factors(n))
         lo, hi = (mid, hi) if diagonal > 1 - eps + eps / n else (lo, mid)
-    return reduce(lambda M, p: torch.kron(_uniform_blend(p, lo), M), prime_factors(n), torch.ones(1, 1).double())
+    return torch.cat([_permutation_blend(p, lo) for p in prime_factors(n)])
 
 
 @dataclass(frozen=True)
@@ -276,15 +275,15 @@ class Mixer:
 
     n_logits(n) -> K, or ValueError where the mixer is not defined
     rows(logits (K, ...), n, **options) -> n rows of n planes (...)
-    inverse(M (..., n, n) in float64, n, **options) -> logits (..., K)
-    start(n, eps) -> (n, n), the matrix that training starts from
+    inverse(M (..., n, n) in float64, n, **options) -> logits (..., K), not finite where there are none
+    start(n, eps) -> logits (K,) that training starts from; None: those of (1 - eps) I + (eps / n) 11^T
     exact: doubly stochastic to rounding at any logits
     bounded: the map bounds M by itself; otherwise HyperConnection bounds what a token adds to it by tanh
     """
     n_logits: Callable
     rows: Callable
     inverse: Callable
-    start: Callable = _uniform_blend
+    start: Callable | None = None
     exact: bool = True
     bounded: bool = True
 
@@ -303,9 +302,9 @@ def _no_logits(M, n):
 MIXERS = {
     "residual": Mixer(lambda n: 0, identity, _no_logits),
     "identity": Mixer(lambda n: 0, identity, _no_logits),
-    "hc": Mixer(lambda n: n * n, unconstrained, _entries, lambda n, eps: torch.eye(n).double(), exact=False, bounded=False),
+    "hc": Mixer(lambda n: n * n, unconstrained, _entries, lambda n, eps: torch.eye(n).flatten(), exact=False, bounded=False),
     "sinkhorn": Mixer(lambda n: n * n, sinkhorn, _log_entries, exact=False),
-    "permutation": Mixer(_n_permutations, permutation, _permutation_logits),
+    "permutation": Mixer(_n_permutations, permutation, _permutation_logits, _permutation_blend),
     "kronecker": Mixer(lambda n: sum(map(_n_permutations, prime_factors(n))), kronecker, _kronecker_logits, _kronecker_blend),
     "tbp": Mixer(lambda n: (n - 1) ** 2, *_chart(tbp)),
     "rtbp": Mixer(lambda n: (n - 1) ** 2, *_chart(rtbp)),
@@ -371,7 +370,11 @@ def mixing_logits(name, matrix, **options):
     M = matrix.detach().double()
     if MIXERS[name].bounded and not (error := ds_error(M).max()) <= DS_TOLERANCE:        # a NaN is refused as well
         raise ValueError(f"the matrix is not doubly stochastic: its worst entry, row or column sum is off by {error:.3g}")
-    return MIXERS[name].inverse(M, n, **options).to(matrix.dtype)
+    logits = MIXERS[name].inverse(M, n, **options)
+    if not logits.isfinite().all():
+        raise ValueError(f"the matrix lies on the border of the polytope (smallest entry {M.min():.3g}), which {name} reaches "
+                         f"only with infinite logits; move it inside: 0.999 * M + 0.001 / {n}")
+    return logits.to(matrix.dtype)
 
 
 DS_TOLERANCE = 1e-4     # what mixing_logits takes for doubly stochastic: float32 rounding, not 20 Sinkhorn rounds
@@ -438,7 +441,7 @@ class HyperConnection(nn.Module):
         n, spec = self.n_streams, MIXERS[self.mixer]
         read = torch.full((n,), (1 - read_start) / (n - 1), dtype=torch.float64)
         read[favoured] = read_start
-        mix = spec.inverse(spec.start(n, mix_start), n, **self.options)
+        mix = spec.start(n, mix_start) if spec.start else spec.inverse(_blend(n, mix_start), n, **self.options)
         write = torch.zeros(n) if spec.bounded else torch.ones(n)           # 2 sigmoid(0) = 1
         self.bias.copy_(torch.cat([read.logit() if spec.bounded else read, write, mix]))
         if self.dynamic:

@@ -145,7 +145,7 @@ def test_leading_shapes_and_single_matrices():
     (lambda: mixing_logits("tbp", torch.ones(4, 3)), "(4, 3)"),
     (lambda: mixing_logits("tbp", torch.eye(4)), "border of the polytope"),
     (lambda: mixing_logits("sinkhorn", torch.eye(4)), "smallest entry 0"),
-    (lambda: mixing_logits("permutation", torch.eye(4)), "smallest entry 0"),
+    (lambda: mixing_logits("permutation", torch.eye(4)), "which permutation reaches only with infinite"),
     (lambda: mixing_logits("kronecker", interior(4, 1)), "no Kronecker product"),
     (lambda: HyperConnection("tbp", 4, 8, read_start=1.0), "read_start"),
     (lambda: HyperConnection("tbp", 4, 8, sinkhorn_rounds=3), "no option 'sinkhorn_rounds'"),
