@@ -8,7 +8,7 @@ benchmark and the diagnostics walk that registry.
     >>> M = mixing_matrix("tbp", torch.randn(8, 9), n_streams=4)    # (8, 9) logits -> (8, 4, 4) matrices
     >>> mixing_logits("tbp", M)                                     # and back
     >>> hc = HyperConnection("tbp", n_streams=4, n_embd=64)
-    >>> x = hc(x, branch)                                           # (B, T, 4, 64), branch: (B, T, 64) -> (B, T, 64)
+    >>> x, square = hc(x, mean_square(x), branch)                   # (B, T, 4, 64), branch: (B, T, 64) -> (B, T, 64)
 
 Inside, a matrix is n rows of n *planes*: tensors of the shape of one logit, so that a mixer is a straight-line program
 which a compiler fuses into one kernel. Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732,
@@ -23,21 +23,20 @@ from typing import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The mixers: logits (K, ...) -> n rows of n planes (...)
+# The mixers: K planes of logits -> n rows of n planes
 
 
 def identity(logits, n):
-    """M = I: streams meet only through what is read and written (iHC, 2607.28611)."""
-    one, zero = logits.new_ones(logits.shape[1:]), logits.new_zeros(logits.shape[1:])
-    return [[one if i == j else zero for j in range(n)] for i in range(n)]
+    """M = I: streams meet only through what is read and written (iHC, 2607.28611). No planes at all stand for it."""
+    return []
 
 
 def unconstrained(logits, n):
     """M = the logits themselves, row by row (HC, 2409.19606): no constraint, so products of many may explode."""
-    planes = logits.unbind(0)
-    return [list(planes[i * n:(i + 1) * n]) for i in range(n)]
+    return [list(logits[i * n:(i + 1) * n]) for i in range(n)]
 
 
 def sinkhorn(logits, n, *, sinkhorn_rounds=20):
@@ -59,8 +58,9 @@ def sinkhorn(logits, n, *, sinkhorn_rounds=20):
 
 def permutation(logits, n):
     """sum_k softmax(logits)_k P_k over all n! permutations in lexicographic order (mHC-lite, 2601.05732)."""
+    logits = torch.stack(logits)                        # (n!, ...)
     weights = (logits - logits.amax(0)).exp()           # softmax() over 5040 strided logits is off by 4e-6, sum() is not
-    return unconstrained(_marginals(weights / weights.sum(0), n).clamp(max=1).flatten(0, 1), n)
+    return unconstrained(_marginals(weights / weights.sum(0), n).clamp(max=1).flatten(0, 1).unbind(0), n)
 
 
 def _marginals(weights, n):
@@ -75,11 +75,10 @@ def _marginals(weights, n):
 
 def kronecker(logits, n):
     """U_K (x) ... (x) U_1 over the prime factors of n in rising order, each U a `permutation` mixture (KromHC)."""
-    M = [[logits.new_ones(logits.shape[1:])]]
-    factors = prime_factors(n)
-    for p, part in zip(factors, logits.split([math.factorial(p) for p in factors])):
-        U = permutation(part, p)
-        M = [[u * m for u in u_row for m in m_row] for u_row in U for m_row in M]
+    M, logits = None, iter(logits)
+    for p in prime_factors(n):
+        U = permutation(list(itertools.islice(logits, math.factorial(p))), p)
+        M = [[u * m for u in u_row for m in m_row] for u_row in U for m_row in M] if M else U
     return M
 
 
@@ -176,7 +175,7 @@ def _chart(walk):
     what says it: on the interior it exists and is unique. Every choice leaves a feasible problem, so nothing is ever projected or renormalised.
     """
     def rows(logits, n, *, interval_map="plain"):
-        t = iter(logits.unbind(0))
+        t = iter(logits)
         return walk(lambda lo, hi, cells: _point(lo, hi, next(t), interval_map), n, torch.ones_like(logits[0]))
 
     def inverse(M, n, *, interval_map="plain"):
@@ -274,7 +273,7 @@ class Mixer:
     """One way to mix n streams.
 
     n_logits(n) -> K, or ValueError where the mixer is not defined
-    rows(logits (K, ...), n, **options) -> n rows of n planes (...)
+    rows(K planes of logits, n, **options) -> n rows of n planes; no rows stand for M = I
     inverse(M (..., n, n) in float64, n, **options) -> logits (..., K), not finite where there are none
     start(n, eps) -> logits (K,) that training starts from; None: those of (1 - eps) I + (eps / n) 11^T
     exact: doubly stochastic to rounding at any logits
@@ -352,8 +351,10 @@ def mixing_matrix(name, logits, n_streams, **options):
     if logits.ndim < 1 or logits.shape[-1] != K:
         raise ValueError(f"{name} with {n_streams} streams takes {K} logits in the last dimension, not "
                          f"{logits.shape[-1] if logits.ndim else 'a scalar'} (shape {tuple(logits.shape)})")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).movedim(-1, 0)
-    return _stacked(MIXERS[name].rows(logits, n_streams, **options)).movedim((0, 1), (-2, -1))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not K:
+        return torch.eye(n_streams, dtype=logits.dtype, device=logits.device).expand(*logits.shape[:-1], -1, -1)
+    return torch.stack([torch.stack(row, -1) for row in MIXERS[name].rows(logits.unbind(-1), n_streams, **options)], -2)
 
 
 def mixing_logits(name, matrix, **options):
@@ -396,8 +397,116 @@ def composite_gain(matrices):
     return largest
 
 
-def _stacked(rows):
-    return torch.stack([torch.stack(row) for row in rows])      # (n, n, ...)
+# ---------------------------------------------------------------------------------------------------------------------
+# What touches the streams. Plain torch both ways, so a compiler generates every kernel; Functions, because a derivative
+# taken by autograd keeps float32 copies of the streams and moves them through memory almost twice as often.
+
+
+class _Project(torch.autograd.Function):
+    """x (B, T, n, C), its mean square (B, T, 1), phi (n*C, K) -> y = x @ phi (B, T, K) and r = 1 / rms(x) (B, T, 1) in float32.
+
+    RMSNorm(x) @ phi is y * r: divided after the product, and with the mean square from whoever wrote x, x is read once.
+    The gradient of the mean square is part of this function's, and not of the square's.
+    """
+
+    @staticmethod
+    def forward(ctx, x, square, phi):
+        y = _matmul(x.flatten(0, 1).flatten(1), phi.to(x.dtype)).unflatten(0, x.shape[:2])
+        r = torch.rsqrt(square + 1e-6)
+        ctx.save_for_backward(x, phi, r)
+        return y, r
+
+    @staticmethod
+    def backward(ctx, gy, gr):
+        x, phi, r = ctx.saved_tensors
+        flat, gy = x.flatten(0, 1).flatten(1), gy.to(x.dtype).flatten(0, 1)                 # (B*T, n*C), (B*T, K)
+        shrink = (gr * r * r * r / flat.shape[1]).to(x.dtype)[..., None]                    # (B, T, 1, 1)
+        return (gy @ phi.to(x.dtype).t()).view_as(x) - x * shrink, None, _matmul(flat.t(), gy)
+
+
+class _Logits(torch.autograd.Function):
+    """y (B, T, K), r (B, T, 1), alpha (3,), bias (K,) -> the K planes (B, T) of bias + alpha * f(y * r): alpha of read, write or
+    mix, f the identity or tanh. One sum over the tokens gives the gradients of alpha and bias."""
+
+    @staticmethod
+    def forward(ctx, y, r, alpha, bias, gate_of, parts, bounded):
+        ctx.bounded = bounded
+        ctx.save_for_backward(y, r, alpha, gate_of)
+        z = [y_k * r[..., 0] for y_k in y.unbind(-1)]
+        gain = [a for a, part in zip(alpha.unbind(0), parts) for _ in range(part)]
+        return tuple(b + g * (z_k if bounded else z_k.tanh()) for z_k, g, b in zip(z, gain, bias.unbind(0)))
+
+    @staticmethod
+    def backward(ctx, *planes):
+        y, r, alpha, gate_of = ctx.saved_tensors
+        g, f = torch.stack(planes, -1), y * r if ctx.bounded else (y * r).tanh()            # (B, T, K)
+        ggain, gbias = torch.stack([g * f, g], 2).sum((0, 1))
+        gz = g * (alpha[:, None] * gate_of).sum(0)
+        gz = gz if ctx.bounded else gz * (1 - f * f)
+        return gz * r, (gz * y).sum(-1, keepdim=True), (ggain * gate_of).sum(1), gbias, None, None, None
+
+
+# In these two the coefficients come twice: stacked, as numbers, and plane by plane, for their gradients to go back to.
+# A stack that gradients go through would be cut into planes again by a kernel of its own.
+
+
+class _Read(torch.autograd.Function):
+    """x (B, T, n, C), a (B, T, n) -> sum_j a_j x_j (B, T, C) in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, a, *planes):
+        ctx.save_for_backward(x, a)
+        # One product over all streams, not n: the compiler then keeps u for the backward and does not read x again.
+        return (a[..., None] * x).sum(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gu):
+        x, a = ctx.saved_tensors
+        ga = [(_wide(gu) * x_j).sum(-1).sum_to_size(a.shape[:-1]) for x_j in x.unbind(-2)]
+        return (a[..., None] * gu[..., None, :]).to(x.dtype), None, *ga
+
+
+class _Write(torch.autograd.Function):
+    """x (B, T, n, C), v (B, T, C), w (B, T, n), M (B, T, n, n) or None for I -> x'_i = sum_j M_ij x_j + w_i v in x's
+    dtype, and its mean square over streams and channels (B, T, 1) in float32."""
+
+    @staticmethod
+    def forward(ctx, x, v, w, M, *planes):
+        ctx.save_for_backward(x, v, w, M)
+        mixed = x if M is None else sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2]))
+        new = mixed + w[..., None] * v[..., None, :]                                        # float32
+        square = new.square().mean((-2, -1))[..., None]
+        ctx.mark_non_differentiable(square)
+        return new.to(x.dtype), square
+
+    @staticmethod
+    def backward(ctx, g, _):
+        x, v, w, M = ctx.saved_tensors
+        n, shape, g_i, x_j = x.shape[-2], w.shape[:-1], g.unbind(-2), x.unbind(-2)
+        gw = [(_wide(g_) * v).sum(-1).sum_to_size(shape) for g_ in g_i]
+        gv = sum(w[..., i, None] * g_i[i] for i in range(n)).to(v.dtype)
+        if M is None:
+            return g, gv, None, None, *gw
+        gx = sum(M[..., i, :, None] * g[..., None, i, :] for i in range(n)).to(x.dtype)
+        gM = [(_wide(g_) * x_).sum(-1).sum_to_size(shape) for g_ in g_i for x_ in x_j]
+        return gx, gv, None, None, *gw, *gM
+
+
+def _matmul(a, b):
+    """a @ b, summed and returned in float32."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return _wide(a) @ _wide(b)
+
+
+def _wide(t):
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def mean_square(x):
+    """x (B, T, n, C) -> (B, T, 1) in float32, what HyperConnection wants to know of x."""
+    return _wide(x).square().mean((-2, -1))[..., None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,7 +539,9 @@ class HyperConnection(nn.Module):
             self.bias = nn.Parameter(torch.empty(sum(self.parts)))          # read, write, mix
             if self.dynamic:
                 self.phi = nn.Parameter(torch.empty(n_streams * n_embd, sum(self.parts)))
-                self.alpha = nn.Parameter(torch.empty(3))
+                self.alpha = nn.Parameter(torch.empty(3))                   # gates of read, write, mix
+                gate_of = torch.arange(3).repeat_interleave(torch.tensor(self.parts), output_size=sum(self.parts))
+                self.register_buffer("gate_of", (gate_of == torch.arange(3)[:, None]).float(), persistent=False)     # (3, 2n + K)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -448,31 +559,36 @@ class HyperConnection(nn.Module):
             self.phi.zero_()
             self.alpha.fill_(0.01)
 
-    def coefficients(self, x):
-        """x (B, T, n, C) -> read (n, B, T), write (n, B, T), M (n, n, B, T) in float32; static: B = T = 1."""
+    def coefficients(self, x, square):
+        """x (B, T, n, C), its mean_square (B, T, 1) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row (none
+        for M = I), in float32. Static: (1, 1) each, whatever x."""
         n, spec = self.n_streams, MIXERS[self.mixer]
-        bias = self.bias[:, None, None]
-        if self.dynamic:
-            flat = x.flatten(2)                                                             # (B, T, n*C)
-            z = (flat @ self.phi).float() * torch.rsqrt(flat.float().square().mean(-1, keepdim=True) + 1e-6)
-            z = z.movedim(-1, 0)                                                            # (2n + K, B, T)
-            gain = torch.cat([a.expand(k) for a, k in zip(self.alpha, self.parts)])[:, None, None]
-            logits = bias + gain * (z if spec.bounded else z.tanh())
-        else:
-            logits = bias
-        read, write, mix = logits.split(self.parts)
-        if spec.bounded:
-            read, write = read.sigmoid(), 2 * write.sigmoid()
-        return read, write, _stacked(spec.rows(mix, n, **self.options))
+        if not self.dynamic:
+            return self.maps(self.bias[None, None].unbind(-1))
+        y, r = _Project.apply(x, square, self.phi)
+        # Kept for the backward are y and r; what lies between them and the coefficients is computed again.
+        return checkpoint(lambda *args: self.maps(_Logits.apply(*args)), y, r, self.alpha, self.bias, self.gate_of, self.parts, MIXERS[self.mixer].bounded,
+                          use_reentrant=False, preserve_rng_state=False)
 
-    def forward(self, x, branch):
-        """x (B, T, n, C), branch: (B, T, C) -> (B, T, C); the new streams (B, T, n, C) in x's dtype."""
+    def maps(self, planes):
+        """Planes of logits -> read, write, mix; see coefficients."""
+        n, spec = self.n_streams, MIXERS[self.mixer]
+        read, write = planes[:n], planes[n:2 * n]
+        if spec.bounded:
+            read, write = [a.sigmoid() for a in read], [2 * w.sigmoid() for w in write]
+        return [*read], [*write], sum(spec.rows(planes[2 * n:], n, **self.options), [])
+
+    def matrices(self, x, square):
+        """M for every token of x, (B, T, n, n) in float32 (static: (1, 1, n, n)), to look at."""
+        n, mix = self.n_streams, self.coefficients(x, square)[2]
+        return torch.stack(mix, -1).unflatten(-1, (n, n)) if mix else torch.eye(n, device=x.device)[None, None]
+
+    def forward(self, x, square, branch):
+        """x (B, T, n, C), its mean_square (B, T, 1), branch: (B, T, C) -> (B, T, C); the new x in the old one's dtype, and
+        its mean square."""
         if self.mixer == "residual":
-            return x + branch(x.squeeze(2)).unsqueeze(2)
-        read, write, M = self.coefficients(x)
-        u = sum(a[..., None] * x_j for a, x_j in zip(read, x.unbind(2))).to(x.dtype)        # (B, T, C)
-        v = branch(u)
-        new = write.movedim(0, -1)[..., None] * v[:, :, None]                               # (B, T, n, C)
-        for j in range(self.n_streams):
-            new = new + M[:, j].movedim(0, -1)[..., None] * x[:, :, j, None]
-        return new.to(x.dtype)
+            return x + branch(x.squeeze(2)).unsqueeze(2), square
+        n, (read, write, mix) = self.n_streams, self.coefficients(x, square)
+        a, w, M = torch.stack(read + write + mix, -1).detach().split((n, n, len(mix)), -1)
+        M = M.unflatten(-1, (n, n)) if mix else None
+        return _Write.apply(x, branch(_Read.apply(x, a, *read)), w, M, *write, *mix)

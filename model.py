@@ -16,7 +16,7 @@ import torch._functorch.config
 from torch import nn
 from torch.nn import functional as F
 
-from mixers import HyperConnection, mixer_options, n_logits
+from mixers import HyperConnection, mean_square, mixer_options, n_logits
 
 
 @dataclass
@@ -35,6 +35,7 @@ class GPTConfig:
     sinkhorn_rounds: int = 20       # sinkhorn: column and row normalisations
     mix_start: float = 0.01         # M starts as (1 - mix_start) I + mix_start / n
     read_start: float = 0.7         # weight of the stream that a sublayer reads most, at the start
+    stream_dtype: str = "auto"      # of the residual state: auto (autocast's, else float32), float32 or bfloat16
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -45,6 +46,8 @@ class GPTConfig:
                              f"nearest that is: {self.n_embd // self.n_head * self.n_head or self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.stream_dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"stream_dtype must be auto, float32 or bfloat16, not {self.stream_dtype!r}")
         n_logits(self.mixer, self.n_streams)    # refuses an unknown mixer, and an n where it is not defined
 
     def hyper_connection(self, layer):
@@ -94,26 +97,29 @@ class Block(nn.Module):
         """(hyper-connection, branch) of the attention and of the MLP."""
         return ((self.hc_attn, lambda u: self.attn(self.ln_1(u), cache)), (self.hc_mlp, lambda u: self.mlp(self.ln_2(u))))
 
-    def forward(self, x, cache=None):
+    def forward(self, x, square, cache=None):
         for hyper_connection, branch in self.sublayers(cache):
-            x = hyper_connection(x, branch)                                                 # (B, T, n, C)
-        return x
+            x, square = hyper_connection(x, square, branch)                                 # (B, T, n, C), (B, T, 1)
+        return x, square
 
 
 class Embedding(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_streams, self.dropout = config.n_streams, config.dropout
+        self.n_streams, self.dropout, self.stream_dtype = config.n_streams, config.dropout, config.stream_dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
     def forward(self, idx, start=0):
-        """Tokens (B, T) at positions start, start + 1, ... -> streams (B, T, n, C), all equal, in the run's dtype."""
+        """Tokens (B, T) at positions start, start + 1, ... -> streams (B, T, n, C), all equal, and their mean_square."""
         positions = torch.arange(start, start + idx.shape[1], device=idx.device)
         x = F.dropout(self.wte(idx) + self.wpe(positions), self.dropout, self.training)    # (B, T, C)
-        if torch.is_autocast_enabled(idx.device.type):
+        if self.stream_dtype != "auto":
+            x = x.to(getattr(torch, self.stream_dtype))
+        elif torch.is_autocast_enabled(idx.device.type):
             x = x.to(torch.get_autocast_dtype(idx.device.type))
-        return x[:, :, None].repeat(1, 1, self.n_streams, 1)
+        x = x[:, :, None]
+        return x.repeat(1, 1, self.n_streams, 1), mean_square(x)
 
 
 class Head(nn.Module):
@@ -142,20 +148,20 @@ class GPT(nn.Module):
         """idx, targets (B, T) integers -> logits (B, T, V) and the mean cross-entropy (None without targets)."""
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens are more than block_size {self.config.block_size}")
-        x = self.embed(idx)                                                                 # (B, T, n, C)
+        x, square = self.embed(idx)                                                         # (B, T, n, C), (B, T, 1)
         for block in self.blocks:
-            x = block(x)
+            x, square = block(x, square)
         return self.head(x, self.embed.wte.weight, targets)
 
     @torch.no_grad()
     def mixing_matrices(self, idx):
         """The M of every sublayer, averaged over the tokens idx (B, T): a list of 2 n_layer (n, n). Runs eagerly."""
-        x, matrices = self.embed(idx), []
+        (x, square), matrices = self.embed(idx), []
         for block in self.blocks:
             for hyper_connection, branch in block.sublayers():
                 if hyper_connection.mixer != "residual":
-                    matrices.append(hyper_connection.coefficients(x)[2].mean((-2, -1)))
-                x = hyper_connection(x, branch)
+                    matrices.append(hyper_connection.matrices(x, square).mean((0, 1)))
+                x, square = hyper_connection(x, square, branch)
         return matrices
 
     def compile_regions(self, activation_memory_budget=1.0):
@@ -258,9 +264,9 @@ class GPT(nn.Module):
             if caches is None or used + context.shape[1] > size:
                 context = idx[:, -size:] if caches is None else idx[:, -max(1, size // 2):]
                 caches, used = [KeyValueCache() for _ in self.blocks], 0
-            x = self.embed(context, used)
+            x, square = self.embed(context, used)
             for block, cache in zip(self.blocks, caches):
-                x = block(x, cache)
+                x, square = block(x, square, cache)
             used += context.shape[1]
             logits = self.head(x[:, -1:], self.embed.wte.weight)[0][:, 0, :n_vocab]         # (B, V)
             context = sample_token(logits, temperature, top_k, top_p, generator)            # (B, 1)

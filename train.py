@@ -60,6 +60,7 @@ interval_map = "plain"              # tbp and rtbp: plain or scaled
 sinkhorn_rounds = 20                # sinkhorn: normalisations of columns and rows
 mix_start = 0.01                    # M starts as (1 - mix_start) I + mix_start / n
 read_start = 0.7                    # weight of the favoured stream in a sublayer's read, at the start
+stream_dtype = "auto"               # of the residual state: auto (that of the activations), float32 or bfloat16
 # Optimizer
 total_batch_tokens = 491_520        # 12 sequences * 1024 tokens * 40, over all micro-steps and processes
 batch_size = 12                     # sequences in a micro-step of one process
@@ -85,7 +86,7 @@ config = configure(globals())
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("seed", "dataset", "total_batch_tokens", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "mixer",
-         "n_streams", "dynamic", "interval_map", "sinkhorn_rounds")
+         "n_streams", "dynamic", "interval_map", "sinkhorn_rounds", "stream_dtype")
 
 
 def main():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mixers import (MIXERS, HyperConnection, composite_gain, ds_error, mixer_options, mixing_logits, mixing_matrix,
+from mixers import (MIXERS, HyperConnection, composite_gain, ds_error, mean_square, mixer_options, mixing_logits, mixing_matrix,
                     n_logits)
 from oracle import ORACLES
 
@@ -159,12 +159,50 @@ def test_refusals_name_the_value(call, says):
 @pytest.mark.parametrize("name, n, options", cases([name for name in MIXERS if name not in ("residual", "hc", "identity")]))
 def test_every_mixer_starts_at_the_same_matrix(name, n, options):
     """(1 - eps) I + (eps / n) 11^T; kronecker, which cannot, has at least its diagonal."""
-    M = HyperConnection(name, n, 8, dynamic=False, mix_start=0.05, **options).coefficients(torch.zeros(1, 1, n, 8))[2][..., 0, 0]
+    M = HyperConnection(name, n, 8, dynamic=False, mix_start=0.05, **options).matrices(torch.zeros(1, 1, n, 8), None)[0, 0]
     start = 0.95 * torch.eye(n) + 0.05 / n
     if name == "kronecker":
         assert torch.allclose(M.diagonal(), start.diagonal(), atol=1e-5) and ds_error(M) < 1e-6
     else:
         assert torch.allclose(M, start, atol=1e-5)
+
+
+def plain_hyper_connection(hc, x, branch):
+    """maths.md's formulas one after the other, for autograd to derive."""
+    n, (read, write, mix) = hc.n_streams, hc.parts
+    logits = hc.bias.expand(*x.shape[:2], -1)
+    if hc.dynamic:
+        flat = x.flatten(2)
+        z = (flat @ hc.phi) * torch.rsqrt((flat ** 2).mean(-1, keepdim=True) + 1e-6)
+        logits = hc.bias + torch.cat([a.expand(k) for a, k in zip(hc.alpha, hc.parts)]) * (z if MIXERS[hc.mixer].bounded else z.tanh())
+    a, w, t = logits.split(hc.parts, -1)
+    if MIXERS[hc.mixer].bounded:
+        a, w = a.sigmoid(), 2 * w.sigmoid()
+    M = mixing_matrix(hc.mixer, t, n, **hc.options)
+    v = branch(torch.einsum("btj,btjc->btc", a, x))
+    return torch.einsum("btij,btjc->btic", M, x) + w[..., None] * v[:, :, None]
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "residual"])
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("n", [2, 4])
+def test_hyper_connection_and_its_gradients_are_the_plain_formulation_s(name, dynamic, n):
+    torch.manual_seed(0)
+    hc = HyperConnection(name, n, 6, dynamic=dynamic, mix_start=0.3).double()
+    with torch.no_grad():
+        for p in hc.parameters():
+            p += 0.3 * torch.randn_like(p)
+    branch = torch.nn.Linear(6, 6).double()
+    x = torch.randn(2, 3, n, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    leaves = [x, *hc.parameters(), *branch.parameters()]
+
+    def results(new):
+        return new, *torch.autograd.grad((new * weight).sum(), leaves)
+    new, square = hc(x, mean_square(x), branch)
+    torch.testing.assert_close(square[..., 0], (new ** 2).mean((-2, -1)))
+    for mine, plain in zip(results(new), results(plain_hyper_connection(hc, x, branch))):
+        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-10)
 
 
 def test_composite_gain():
