@@ -36,6 +36,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # deterministic cuBLAS; read when CUDA starts
 import numpy as np
 import torch
 import torch._dynamo
@@ -72,6 +73,7 @@ sinkhorn_rounds = 20                # sinkhorn: normalisations of columns and ro
 # System
 device = "auto"                     # auto (cuda if there is one), cpu, cuda or cuda:1
 dtype = "auto"                      # of activations: auto (bfloat16 on cuda, else float32), float32, bfloat16
+deterministic = True                # cuda: algorithms whose result does not depend on timing, as in training
 activation_memory_budget = 1.0      # of the mixers, see train.py; plain and residual keep all that the backward needs
 budgets = ""                        # instead of that one several, such as 1.0,0.5,0.0: a row for each
 config = configure(globals(), config_of="train.py")
@@ -131,6 +133,8 @@ class Trainer:
 
     def __init__(self, mixer, budget):
         where, kind = pick_device()
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False     # costs time, and nothing here reads such memory
         torch.manual_seed(0)
         self.autocast = torch.autocast(where.type, torch.bfloat16) if kind == "bfloat16" else contextlib.nullcontext()
         self.model = (Plain() if mixer == "plain" else GPT(gpt_config(mixer))).to(where)
@@ -158,6 +162,7 @@ class Trainer:
 def main():
     print("command: " + shlex.join(["bench.py", *sys.argv[1:]]), flush=True)
     print("config: " + json.dumps(config), flush=True)
+    check_knobs()
     chosen, levels = choose_mixers(), choose_budgets()
     rows = {case: facts(*case) for case in (PLAIN, RESIDUAL, *((mixer, level) for level in levels for mixer in chosen))}
     if fresh:
@@ -174,11 +179,22 @@ def main():
             for case in cases:
                 rows[case] |= speed(seconds[case], seconds[RESIDUAL], rows[case]["flops_per_token"], data_seconds)
     write_atomic(out, json.dumps(list(rows.values()), indent=1).encode() + b"\n")
-    print_table(rows.values())
+    print_table(list(rows.values()))
     if rounds:
         slowest = max(row["data_wait"] for row in rows.values())
         print(f"fetching a batch takes {data_seconds * 1e3:.3f} ms: the loop waits for data at most {slowest:.2%} of the time")
     print(f"wrote {out}")
+
+
+def check_knobs():
+    if mode not in ("compiled", "eager"):
+        raise ValueError(f"mode must be compiled or eager, not {mode!r}")
+    if min(steps, warmup) < 1:
+        raise ValueError(f"steps and warmup must be at least 1, not {steps} and {warmup}")
+    if rounds < 0:
+        raise ValueError(f"rounds must be at least 0, not {rounds}")
+    if not (rounds or fresh):
+        raise ValueError("with rounds = 0 and fresh = False there is nothing to measure; change one of them")
 
 
 def choose_mixers():
@@ -263,7 +279,7 @@ def measure_afresh(mixer, budget):
 
 def probe(mixer, budget, cache):
     """Runs in a process of its own, with `cache` for the compiler's."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")          # else the profiler tells when it starts
     programs, counters = [], torch._dynamo.utils.counters
     torch._inductor.graph.GraphLowering.save_output_code = programs.append
@@ -357,14 +373,16 @@ def print_table(rows):
                "ratio": "ratio_to_residual", "min": "ratio_min", "max": "ratio_max", "mfu": "mfu", "compile s": "compile_s",
                "warm s": "compile_warm_s", "peak bytes": "peak_memory_bytes", "peak ratio": "peak_memory_ratio", "params": "params",
                "kernels": "kernels_forward", "backward": "kernels_backward", "breaks": "graph_breaks", "recompiles": "recompiles"}
-    columns = {title: name for title, name in columns.items() if any(row[name] is not None for row in rows)}
-    shown = [list(columns)]
-    for row in rows:
-        shown.append([f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value or "-")
-                      for value in map(row.get, columns.values())])
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    for line in shown:
-        print("  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))))
+    table = [[title, *(shown(row[name]) for row in rows)] for title, name in columns.items() if any(row[name] is not None for row in rows)]
+    widths = [max(map(len, column)) for column in table]
+    for line in zip(*table):
+        print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
+
+
+def shown(value):
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else value or "-"
 
 
 if __name__ == "__main__":
