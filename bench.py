@@ -10,8 +10,9 @@ What a training step costs with each mixer: time, memory, compile time, kernels,
 
 A step is forward, backward, fused AdamW and zero_grad on one batch. The models take turns, a few steps each, and a
 mixer's ratio is the median over the rounds of (residual's seconds / its seconds) in the same round: above 1 it is faster
-than the residual model. `plain` is a GPT-2 without any notion of streams, written below. Config files are train.py's:
-the knobs that a benchmark has no use for, such as out_dir, are left out, and `mixers` says which mixers run.
+than the residual model. `fastest` is the same of both models' fastest rounds, which other processes disturb least.
+`plain` is a GPT-2 without any notion of streams, written below. Config files are train.py's: the knobs that a benchmark
+has no use for, such as out_dir, are left out, and `mixers` says which mixers run.
 
 Every row's compile time, memory and kernels come from fresh processes:
 compile_s           seconds of the first forward and backward, with an empty compiler cache
@@ -71,14 +72,17 @@ dynamic = True                      # mixing depends on the token; False: learne
 interval_map = "plain"              # tbp and rtbp: plain or scaled
 sinkhorn_rounds = 20                # sinkhorn: normalisations of columns and rows
 # System
-device = "auto"                     # auto (cuda if there is one), cpu, cuda or cuda:1
-dtype = "auto"                      # of activations: auto (bfloat16 on cuda, else float32), float32, bfloat16
+device = "auto"                     # auto (cuda if there is one), cpu or cuda
+dtype = "auto"                      # of activations: auto (bfloat16 on cuda if it can, else float32), float32, bfloat16
 deterministic = True                # cuda: algorithms whose result does not depend on timing, as in training
 activation_memory_budget = 1.0      # of the mixers, see train.py; plain and residual keep all that the backward needs
 budgets = ""                        # instead of that one several, such as 1.0,0.5,0.0: a row for each
 config = configure(globals(), config_of="train.py")
 
 RESIDUAL, PLAIN = ("residual", 1.0), ("plain", 1.0)     # a case is a pair (mixer, activation_memory_budget)
+FRESH = ("compile_s", "compile_warm_s", "peak_memory_bytes", "peak_memory_ratio", "kernels_forward", "kernels_backward",
+         "graph_breaks", "recompiles")
+SPEED = ("step_ms", "tok_s", "ratio_to_residual", "ratio_min", "ratio_max", "ratio_fastest", "mfu", "data_wait")
 
 
 class PlainBlock(nn.Module):
@@ -153,11 +157,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def tensors(self):
-        """All that lives between two steps."""
-        state = [t for states in self.optimizer.state.values() for t in states.values()]
-        return [*self.model.parameters(), *self.model.buffers(), *state, self.batch]
-
 
 def main():
     print("command: " + shlex.join(["bench.py", *sys.argv[1:]]), flush=True)
@@ -231,13 +230,14 @@ def gpt_config(mixer):
 
 def pick_device():
     """The device and the type of activations."""
-    name = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device = {device!r}: this machine and this torch ({torch.__version__}) have cpu"
-                         f"{' and cuda' if torch.cuda.is_available() else ''}; use --device=cpu")
+    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}: there are auto, cpu and, with a GPU and a torch for it, cuda; this torch is "
+                         f"{torch.__version__}. CUDA_VISIBLE_DEVICES=1 chooses the second GPU")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype!r}")
-    return torch.device(name), ("bfloat16" if name != "cpu" else "float32") if dtype == "auto" else dtype
+    name = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+    best = "bfloat16" if name == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.device(name), best if dtype == "auto" else dtype
 
 
 def synchronize():
@@ -246,21 +246,13 @@ def synchronize():
 
 
 def facts(mixer, budget):
-    """What a row says before anything was measured."""
+    """What a row says before anything was measured: every knob, and what it comes to for this case."""
     where, kind = pick_device()
     model = GPT(gpt_config("residual" if mixer == "plain" else mixer))      # plain has the same parameters
-    return {"mixer": mixer, "n_streams": model.config.n_streams, "activation_memory_budget": budget, "mode": mode,
-            **{name: config[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size", "bias",
-                                               "dynamic")},
-            "dtype": kind, "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "params": model.parameter_counts()["total"], "flops_per_token": model.flops_per_token(),
+    return {"mixer": mixer, **config, "n_streams": model.config.n_streams, "activation_memory_budget": budget, "dtype": kind,
+            "device": torch.cuda.get_device_name() if where.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "params": model.parameter_counts()["total"], "flops_per_token": model.flops_per_token(),
             **dict.fromkeys((*FRESH, *SPEED))}
-
-
-FRESH = ("compile_s", "compile_warm_s", "peak_memory_bytes", "peak_memory_ratio", "kernels_forward", "kernels_backward",
-         "graph_breaks", "recompiles")
-SPEED = ("step_ms", "tok_s", "ratio_to_residual", "ratio_min", "ratio_max", "mfu", "data_wait")
 
 
 def measure_afresh(mixer, budget):
@@ -309,7 +301,8 @@ def peak_memory(trainer):
         torch.cuda.reset_peak_memory_stats(where)
         trainer.step()
         return torch.cuda.max_memory_allocated(where)
-    kept = sum({t.data_ptr(): t.nbytes for t in trainer.tensors()}.values())
+    moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    kept = sum(tensor.nbytes for tensor in (*trainer.model.parameters(), *moments, trainer.batch))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -347,7 +340,8 @@ def speed(seconds, residual, flops_per_token, data_seconds):
     tok_s = batch_size * block_size / step
     peak_flops = (datasheet_tops(getattr(torch, kind)) or 0) * 1e12 if where.type == "cuda" else 0      # of dense matmuls
     return {"step_ms": step * 1e3, "tok_s": tok_s, "ratio_to_residual": statistics.median(ratios), "ratio_min": min(ratios),
-            "ratio_max": max(ratios), "mfu": flops_per_token * tok_s / peak_flops if peak_flops else None,
+            "ratio_max": max(ratios), "ratio_fastest": min(residual) / min(seconds),
+            "mfu": flops_per_token * tok_s / peak_flops if peak_flops else None,
             "data_wait": data_seconds / step}
 
 
@@ -370,10 +364,12 @@ def fetch_seconds():
 
 def print_table(rows):
     columns = {"mixer": "mixer", "n": "n_streams", "budget": "activation_memory_budget", "step ms": "step_ms", "tok/s": "tok_s",
-               "ratio": "ratio_to_residual", "min": "ratio_min", "max": "ratio_max", "mfu": "mfu", "compile s": "compile_s",
-               "warm s": "compile_warm_s", "peak bytes": "peak_memory_bytes", "peak ratio": "peak_memory_ratio", "params": "params",
-               "kernels": "kernels_forward", "backward": "kernels_backward", "breaks": "graph_breaks", "recompiles": "recompiles"}
-    table = [[title, *(shown(row[name]) for row in rows)] for title, name in columns.items() if any(row[name] is not None for row in rows)]
+               "ratio": "ratio_to_residual", "min": "ratio_min", "max": "ratio_max", "fastest": "ratio_fastest", "mfu": "mfu",
+               "compile s": "compile_s", "warm s": "compile_warm_s", "peak bytes": "peak_memory_bytes",
+               "peak ratio": "peak_memory_ratio", "params": "params", "kernels": "kernels_forward", "backward": "kernels_backward",
+               "breaks": "graph_breaks", "recompiles": "recompiles"}
+    measured = {title: [row[name] for row in rows] for title, name in columns.items()}
+    table = [[title, *map(shown, values)] for title, values in measured.items() if set(values) != {None}]
     widths = [max(map(len, column)) for column in table]
     for line in zip(*table):
         print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
@@ -382,7 +378,7 @@ def print_table(rows):
 def shown(value):
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else value or "-"
+    return f"{value:,}" if isinstance(value, int) else value or "-"         # text, or None: not measured
 
 
 if __name__ == "__main__":

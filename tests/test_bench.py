@@ -10,7 +10,7 @@ from mixers import MIXERS
 SMALL = "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --vocab_size=64 --device=cpu --rounds=2 --steps=1"
 REPORTED = set("mixer n_streams tok_s ratio_to_residual ratio_min ratio_max compile_s peak_memory_ratio params kernels_forward "
                "kernels_backward graph_breaks recompiles n_layer n_head n_embd block_size batch_size dtype device torch threads "
-               "compile_warm_s peak_memory_bytes mfu data_wait".split())
+               "compile_warm_s peak_memory_bytes mfu data_wait ratio_fastest".split())
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def check_times(row):
 
 
 def test_compiled(bench):
-    output, rows = bench("--mixers=identity", "--dynamic=False")
-    assert list(rows) == [("plain", 1), ("residual", 1), ("identity", 1)]
+    """On the two models that every run measures: compiling is what takes long here."""
+    output, rows = bench("--mixers=residual")
+    assert list(rows) == [("plain", 1), ("residual", 1)]
     for row in rows.values():
         assert row.keys() >= REPORTED and row["device"] == "cpu" and row["mfu"] is None
         check_times(row)
         assert row["kernels_forward"] > 0 and row["kernels_backward"] > 0 and row["graph_breaks"] == row["recompiles"] == 0
         assert row["compile_s"] > row["compile_warm_s"] > 0
         assert row["mixer"] in output and f"{row['peak_memory_bytes']:,}" in output
-    plain, residual, identity = rows.values()
-    assert residual["ratio_min"] == residual["ratio_max"] == residual["peak_memory_ratio"] == 1
+    plain, residual = rows.values()
+    assert residual["ratio_min"] == residual["ratio_max"] == residual["ratio_fastest"] == residual["peak_memory_ratio"] == 1
     assert plain["params"] == residual["params"] and plain["peak_memory_bytes"] == residual["peak_memory_bytes"]
-    assert identity["params"] > residual["params"] and identity["peak_memory_ratio"] > 1 and identity["n_streams"] == 4
     assert "the loop waits for data at most" in output
 
 
@@ -49,8 +49,8 @@ def test_eager_on_a_config_file_of_training(bench):
     row = rows["tbp", 1]
     check_times(row)
     assert row["kernels_forward"] is row["compile_s"] is row["recompiles"] is None and row["n_streams"] == 2
-    # at least weights, gradients and two moments of float32
-    assert 1 < row["peak_memory_ratio"] and 16 * row["params"] < row["peak_memory_bytes"]
+    # at the least weights, gradients and two moments of float32
+    assert 1 < row["peak_memory_ratio"] and row["params"] > rows["residual", 1]["params"] and 16 * row["params"] < row["peak_memory_bytes"]
 
 
 def test_a_new_mixer_needs_no_edit(bench, tmp_path):
@@ -79,7 +79,7 @@ def test_a_row_for_each_budget(bench):
     ("--rounds=-1", "rounds must be at least 0, not -1"),
     ("--rounds=0 --fresh=False", "nothing to measure"),
     ("--n_head=5", "n_embd 384 is not divisible by n_head 5"),
-    ("--device=tpu", "use --device=cpu"),
+    ("--device=tpu", "device = 'tpu': there are auto, cpu and"),
     ("--dtype=half", "dtype must be auto, float32 or bfloat16, not 'half'"),
     ("--max_iters=3", "bench.py has no such knob"),
 ])
