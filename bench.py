@@ -167,7 +167,8 @@ def main():
     if fresh:
         for case, row in rows.items():
             row |= measure_afresh(*case)
-            print(f"{case[0]}: " + ", ".join(f"{name} {row[name]:,.4g}" for name in FRESH if row[name] is not None), flush=True)
+            figures = [f"{name} {row[name]:,.4g}" for name in FRESH if row[name] is not None]
+            print(f"{case[0]}, budget {case[1]}: " + ", ".join(figures), flush=True)
         for row in rows.values():
             row["peak_memory_ratio"] = row["peak_memory_bytes"] / rows[RESIDUAL]["peak_memory_bytes"]
     if rounds:
