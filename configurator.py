@@ -13,6 +13,7 @@ A config file is Python and can run any code: use none that you have not read.
 """
 
 import ast
+import contextlib
 import difflib
 import io
 import os
@@ -32,17 +33,22 @@ class Knob(NamedTuple):
     above: list[str]  # the source lines between the statement before and this one: they group the help
 
 
-def configure(namespace: dict, argv: list[str] | None = None) -> dict:
+def configure(namespace: dict, argv: list[str] | None = None, config_of: str | None = None) -> dict:
     """Set the knobs that `namespace`'s script assigns above this call from `argv`; return all of them in source order.
 
     An item of `argv` (default: `sys.argv[1:]`) is `--key=value` or a config file `path/to/file.py`, which sees the
-    values so far as its globals. Raises SystemExit(2), with a message on stderr and `namespace` as it was, for
-    whatever is not a knob or does not fit one, and SystemExit(0) after `--help`; KeyError without a `__file__`.
+    values so far as its globals. `config_of`, a script in the same folder, is the one that the config files are
+    written for: they may set its knobs too, which are checked and then left out. Raises SystemExit(2), with a message
+    on stderr and `namespace` as it was, for whatever is not a knob or does not fit one, and SystemExit(0) after
+    `--help`; KeyError without a `__file__`.
     """
     argv = sys.argv[1:] if argv is None else argv
     script = os.path.basename(namespace["__file__"])
     knobs = _read_knobs(namespace)
     values = {name: _fit(script, name, namespace[name], knob) for name, knob in knobs.items()}
+    other = _constants(Path(namespace["__file__"]).with_name(config_of)) if config_of else {}
+    known = (_read_knobs(other) if config_of else {}) | knobs
+    other = {name: other[name] for name in known if name in other}
     if "--help" in argv or "-h" in argv:
         _print_help(namespace.get("__doc__"), knobs, values)
         raise SystemExit(0)
@@ -59,7 +65,8 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
         elif equals and key.lstrip("-").isidentifier():
             _refuse(f"{item}: write --{item.lstrip('-')}")
         elif item.endswith(".py"):
-            values |= _run_config(item, values, knobs, namespace["__file__"])
+            other |= _run_config(item, other | values, known, namespace["__file__"])
+            values |= {name: other[name] for name in knobs}
         else:
             _refuse(f"{item!r} is neither --key=value nor a config file path/to/file.py; --help lists the keys")
     namespace.update(values)
@@ -97,6 +104,16 @@ def _read_knobs(namespace: dict) -> dict[str, Knob]:
             if default in TYPES.values() and types != (NoneType,) and not name.startswith("_"):
                 knobs.setdefault(name, Knob(types, comments.get(end, ""), above))
     return knobs
+
+
+def _constants(script: Path) -> dict:
+    """The namespace of the script after its assignments that import and call nothing: enough to read its knobs."""
+    namespace = {"__file__": str(script)}
+    for node in ast.parse(script.read_bytes()).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(isinstance(n, ast.Call) for n in ast.walk(node)):
+            with contextlib.suppress(NameError):        # of an import
+                exec(compile(ast.Module([node], []), script, "exec"), namespace)
+    return namespace
 
 
 def _bound(tree: ast.AST) -> dict[str, int]:

@@ -209,6 +209,30 @@ def test_config_file_refused(toy, refusal, text, said):
     assert said in message and message.startswith(str(toy.path.parent))
 
 
+def test_config_files_written_for_another_script(tmp_path, capsys):
+    """Its knobs may be set and read by them, and nowhere else; that script is not run."""
+    small = Toy(tmp_path, "import os\nmax_iters = 5\nconfig = configure(globals())\n")
+    (tmp_path / "train.py").write_text("import no_such_module\nraise SystemExit\n" + SCRIPT.replace("import os", "x = no_such_module.y"))
+    one = small.config("max_iters = int(beta1 * 10)\nout_dir = f'out/{run_name}'\ndecay = 2", "one.py")
+    two = small.config("assert out_dir == 'out/None' and decay == 2.0 and beta2 == 0.95\nmax_iters += 1", "two.py")
+
+    def call(*argv):
+        small()
+        return configure(small.namespace, argv, config_of="train.py")
+
+    assert exactly(call(one, two)) == exactly({"max_iters": 10}) and small.namespace["max_iters"] == 10
+    assert not {"out_dir", "decay", "beta1"} & small.namespace.keys()
+    for argv, said in [
+        (["--out_dir=x"], "--out_dir: toy.py has no such knob"),
+        ([small.config("decay = 'x'", "a.py")], "a.py:1: decay = 'x' is of type str, wanted float"),
+        ([small.config("decoy = 1.0", "b.py")], "b.py:1: toy.py has no knob 'decoy' (did you mean decay?)"),
+        ([small.config("late = 8", "c.py")], "toy.py has no knob 'late'"),
+    ]:
+        with pytest.raises(SystemExit):
+            call(*argv)
+        assert said in capsys.readouterr().err
+
+
 def test_missing_config_file_lists_those_there_are(toy, refusal, monkeypatch):
     monkeypatch.chdir(toy.path.parent)
     assert refusal("config/smal.py").strip() == "config/smal.py: no such config file; there are: none"
