@@ -58,9 +58,18 @@ def sinkhorn(logits, n, *, sinkhorn_rounds=20):
 
 def permutation(logits, n):
     """sum_k softmax(logits)_k P_k over all n! permutations in lexicographic order (mHC-lite, 2601.05732)."""
-    logits = torch.stack(logits)                        # (n!, ...)
-    weights = (logits - logits.amax(0)).exp()           # softmax() over 5040 strided logits is off by 4e-6, sum() is not
-    return unconstrained(_marginals(weights / weights.sum(0), n).clamp(max=1).flatten(0, 1).unbind(0), n)
+    if len(logits) > 24:                                # too many for a straight line
+        logits = torch.stack(logits)                    # (n!, ...)
+        weights = (logits - logits.amax(0)).exp()       # softmax() over 5040 strided logits is off by 4e-6, sum() is not
+        M = _marginals(weights / weights.sum(0), n)
+        return [list(row.clamp(max=1).unbind(0)) for row in M]
+    peak = reduce(torch.maximum, logits)
+    weights = _divided([(l - peak).exp() for l in logits])
+    shares = [[[] for j in range(n)] for i in range(n)]
+    for weight, columns in zip(weights, itertools.permutations(range(n))):
+        for i, j in enumerate(columns):
+            shares[i][j].append(weight)
+    return [[sum(share).clamp(max=1) for share in row] for row in shares]
 
 
 def _marginals(weights, n):
