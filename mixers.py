@@ -412,15 +412,15 @@ def composite_gain(matrices):
 
 
 class _Project(torch.autograd.Function):
-    """x (B, T, n, C), its mean square (B, T, 1), phi (n*C, K) -> y = x @ phi (B, T, K) and r = 1 / rms(x) (B, T, 1) in float32.
+    """x (B, T, n, C), its mean square (B, T), phi (K, n*C) -> y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T) in float32.
 
-    RMSNorm(x) @ phi is y * r: divided after the product, and with the mean square from whoever wrote x, x is read once.
+    phi @ RMSNorm(x) is y * r: divided after the product, and with the mean square from whoever wrote x, x is read once.
     The gradient of the mean square is part of this function's, and not of the square's.
     """
 
     @staticmethod
     def forward(ctx, x, square, phi):
-        y = _matmul(x.flatten(0, 1).flatten(1), phi.to(x.dtype)).unflatten(0, x.shape[:2])
+        y = _matmul(phi.to(x.dtype), x.flatten(0, 1).flatten(1).t()).unflatten(1, x.shape[:2])
         r = torch.rsqrt(square + 1e-6)
         ctx.save_for_backward(x, phi, r)
         return y, r
@@ -428,31 +428,31 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy, gr):
         x, phi, r = ctx.saved_tensors
-        flat, gy = x.flatten(0, 1).flatten(1), gy.to(x.dtype).flatten(0, 1)                 # (B*T, n*C), (B*T, K)
-        shrink = (gr * r * r * r / flat.shape[1]).to(x.dtype)[..., None]                    # (B, T, 1, 1)
-        return (gy @ phi.to(x.dtype).t()).view_as(x) - x * shrink, None, _matmul(flat.t(), gy)
+        flat, gy = x.flatten(0, 1).flatten(1), gy.to(x.dtype).flatten(1)                    # (B*T, n*C), (K, B*T)
+        shrink = (gr * r * r * r / flat.shape[1]).to(x.dtype)[..., None, None]
+        return (gy.t() @ phi.to(x.dtype)).view_as(x) - x * shrink, None, _matmul(gy, flat)
 
 
 class _Logits(torch.autograd.Function):
-    """y (B, T, K), r (B, T, 1), alpha (3,), bias (K,) -> the K planes (B, T) of bias + alpha * f(y * r): alpha of read, write or
+    """y (K, B, T), r (B, T), alpha (3,), bias (K,) -> the K planes (B, T) of bias + alpha * f(y * r): alpha of read, write or
     mix, f the identity or tanh. One sum over the tokens gives the gradients of alpha and bias."""
 
     @staticmethod
     def forward(ctx, y, r, alpha, bias, gate_of, parts, bounded):
         ctx.bounded = bounded
         ctx.save_for_backward(y, r, alpha, gate_of)
-        z = [y_k * r[..., 0] for y_k in y.unbind(-1)]
+        z = [y_k * r for y_k in y.unbind(0)]
         gain = [a for a, part in zip(alpha.unbind(0), parts) for _ in range(part)]
         return tuple(b + g * (z_k if bounded else z_k.tanh()) for z_k, g, b in zip(z, gain, bias.unbind(0)))
 
     @staticmethod
     def backward(ctx, *planes):
         y, r, alpha, gate_of = ctx.saved_tensors
-        g, f = torch.stack(planes, -1), y * r if ctx.bounded else (y * r).tanh()            # (B, T, K)
-        ggain, gbias = torch.stack([g * f, g], 2).sum((0, 1))
-        gz = g * (alpha[:, None] * gate_of).sum(0)
+        g, f = torch.stack(planes), y * r if ctx.bounded else (y * r).tanh()                # (K, B, T)
+        ggain, gbias = torch.stack([g * f, g]).sum((-2, -1))
+        gz = g * (alpha[:, None] * gate_of).sum(0)[:, None, None]
         gz = gz if ctx.bounded else gz * (1 - f * f)
-        return gz * r, (gz * y).sum(-1, keepdim=True), (ggain * gate_of).sum(1), gbias, None, None, None
+        return gz * r, (gz * y).sum(0), (ggain * gate_of).sum(1), gbias, None, None, None
 
 
 # In these two the coefficients come twice: stacked, as numbers, and plane by plane, for their gradients to go back to.
@@ -477,14 +477,14 @@ class _Read(torch.autograd.Function):
 
 class _Write(torch.autograd.Function):
     """x (B, T, n, C), v (B, T, C), w (B, T, n), M (B, T, n, n) or None for I -> x'_i = sum_j M_ij x_j + w_i v in x's
-    dtype, and its mean square over streams and channels (B, T, 1) in float32."""
+    dtype, and its mean square over streams and channels (B, T) in float32."""
 
     @staticmethod
     def forward(ctx, x, v, w, M, *planes):
         ctx.save_for_backward(x, v, w, M)
         mixed = x if M is None else sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2]))
         new = mixed + w[..., None] * v[..., None, :]                                        # float32
-        square = new.square().mean((-2, -1))[..., None]
+        square = new.square().mean((-2, -1))
         ctx.mark_non_differentiable(square)
         return new.to(x.dtype), square
 
@@ -514,8 +514,8 @@ def _wide(t):
 
 
 def mean_square(x):
-    """x (B, T, n, C) -> (B, T, 1) in float32, what HyperConnection wants to know of x."""
-    return _wide(x).square().mean((-2, -1))[..., None]
+    """x (B, T, n, C) -> (B, T) in float32, what HyperConnection wants to know of x."""
+    return _wide(x).square().mean((-2, -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,7 +547,7 @@ class HyperConnection(nn.Module):
         if mixer != "residual":
             self.bias = nn.Parameter(torch.empty(sum(self.parts)))          # read, write, mix
             if self.dynamic:
-                self.phi = nn.Parameter(torch.empty(n_streams * n_embd, sum(self.parts)))
+                self.phi = nn.Parameter(torch.empty(sum(self.parts), n_streams * n_embd))   # (out, in), as in nn.Linear
                 self.alpha = nn.Parameter(torch.empty(3))                   # gates of read, write, mix
                 gate_of = torch.arange(3).repeat_interleave(torch.tensor(self.parts), output_size=sum(self.parts))
                 self.register_buffer("gate_of", (gate_of == torch.arange(3)[:, None]).float(), persistent=False)     # (3, 2n + K)
@@ -569,7 +569,7 @@ class HyperConnection(nn.Module):
             self.alpha.fill_(0.01)
 
     def coefficients(self, x, square):
-        """x (B, T, n, C), its mean_square (B, T, 1) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row (none
+        """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row (none
         for M = I), in float32. Static: (1, 1) each, whatever x."""
         n, spec = self.n_streams, MIXERS[self.mixer]
         if not self.dynamic:
@@ -593,11 +593,14 @@ class HyperConnection(nn.Module):
         return torch.stack(mix, -1).unflatten(-1, (n, n)) if mix else torch.eye(n, device=x.device)[None, None]
 
     def forward(self, x, square, branch):
-        """x (B, T, n, C), its mean_square (B, T, 1), branch: (B, T, C) -> (B, T, C); the new x in the old one's dtype, and
+        """x (B, T, n, C), its mean_square (B, T), branch: (B, T, C) -> (B, T, C); the new x in the old one's dtype, and
         its mean square."""
         if self.mixer == "residual":
             return x + branch(x.squeeze(2)).unsqueeze(2), square
         n, (read, write, mix) = self.n_streams, self.coefficients(x, square)
-        a, w, M = torch.stack(read + write + mix, -1).detach().split((n, n, len(mix)), -1)
-        M = M.unflatten(-1, (n, n)) if mix else None
+        planes = read + write + mix
+        # Nine or more are stored once; Inductor would compute eight or fewer again for each channel.
+        stacked = torch.stack(planes + planes[:1] * (9 - len(planes)), -1)                  # (B, T, 2n + n^2 or more)
+        a, w = stacked[..., :n], stacked[..., n:2 * n]
+        M = stacked[..., 2 * n:len(planes)].unflatten(-1, (n, n)) if mix else None
         return _Write.apply(x, branch(_Read.apply(x, a, *read)), w, M, *write, *mix)

@@ -99,7 +99,7 @@ class Block(nn.Module):
 
     def forward(self, x, square, cache=None):
         for hyper_connection, branch in self.sublayers(cache):
-            x, square = hyper_connection(x, square, branch)                                 # (B, T, n, C), (B, T, 1)
+            x, square = hyper_connection(x, square, branch)                                 # (B, T, n, C), (B, T)
         return x, square
 
 
@@ -148,7 +148,7 @@ class GPT(nn.Module):
         """idx, targets (B, T) integers -> logits (B, T, V) and the mean cross-entropy (None without targets)."""
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens are more than block_size {self.config.block_size}")
-        x, square = self.embed(idx)                                                         # (B, T, n, C), (B, T, 1)
+        x, square = self.embed(idx)                                                         # (B, T, n, C), (B, T)
         for block in self.blocks:
             x, square = block(x, square)
         return self.head(x, self.embed.wte.weight, targets)
