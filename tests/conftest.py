@@ -29,6 +29,33 @@ def torchrun(processes, *command, **kwargs):
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **kwargs)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run what takes minutes to an hour as well")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes to an hour; runs with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes to an hour; pass --long"))
+
+
+@pytest.fixture
+def report(record_property):
+    """A line for the summary at the end: a figure that was measured."""
+    return lambda line: record_property("figure", line)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for test in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        if lines := [line for name, line in test.user_properties if name == "figure" and test.when == "call"]:
+            terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A data folder with `tiny`: byte tokens in a pattern that a small model learns a little of, in two train shards."""
