@@ -7,11 +7,11 @@ The files of a run in its out_dir: checkpoints that are whole or absent, the met
 A checkpoint is torch.save's zip archive, whose CRC-32 of every record `verify` checks. It is loaded with
 weights_only=True: one from a stranger can be wrong, but cannot run code.
 """
+import errno
 import fcntl
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 
 from data import write_atomic
+
+
+KEYS = {"model", "optimizer", "step", "best_val", "evaluated", "config", "model_config", "command", "tokenizer", "n_vocab", "shards"}
 
 
 class RunError(RuntimeError):
@@ -96,7 +99,7 @@ def load(path):
                        "python train.py config/tbp.py config/laptop.py")
     verify(path)
     state = load_tensors(path)
-    if missing := {"model", "optimizer", "config", "model_config", "step", "tokenizer"} - set(state):
+    if missing := KEYS - set(state):
         raise RunError(f"{path}: not a checkpoint of this project, it lacks {', '.join(sorted(missing))}")
     return state
 
@@ -107,9 +110,9 @@ def load_tensors(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RunError(f"{path}: could not be read ({error.strerror})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:                      # as above; an UnpicklingError if it asks for more than tensors
         raise RunError(f"{path}: refused, it holds more than tensors and plain values, or is no torch file "
-                       f"({str(error).splitlines()[0]})") from error
+                       f"({(str(error) or repr(error)).splitlines()[0]})") from error
     if not isinstance(state, dict):
         raise RunError(f"{path}: a dict of tensors is wanted, not a {type(state).__name__}")
     return state
@@ -145,8 +148,10 @@ class Metrics:
 
     def write(self, **record):
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        try:                                                    # NaN is no JSON
-            self.file.write(json.dumps(finite).encode() + b"\n")
+        line = json.dumps(finite).encode() + b"\n"              # NaN is no JSON
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RunError(f"{self.path}: could not be written ({error.strerror}). Free some space, then go on with "
                            "--init_from=resume") from error

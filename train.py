@@ -324,7 +324,8 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
             checkpoint.save(out_dir, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best_val": best_val,
                 "evaluated": evaluated, "config": config, "model_config": asdict(model_config), "command": sys.argv,
-                "tokenizer": meta["tokenizer"], "n_vocab": meta["vocab_size"], "shards": fingerprint(meta)}, keep=keep_checkpoints, best=best)
+                "tokenizer": meta["tokenizer"], "n_vocab": meta["vocab_size"], "shards": fingerprint(meta)},
+                keep=keep_checkpoints, best=best)
 
     def open_metrics():
         if rank == 0:

@@ -1,11 +1,16 @@
 """Runs scripts as a user does, on a data set small enough for a test."""
+import atexit
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,18 +20,90 @@ TINY = ("--dataset=tiny --block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --bat
         "--learning_rate=1e-2 --device=cpu").split()
 
 
+# Runs each command of stdin in a fork of a process that has loaded what takes seconds to load.
+FORKS = """
+import json, os, runpy, signal, sys
+sys.path.insert(0, os.getcwd())
+import checkpoint, configurator, data, model, tiktoken, torch._dynamo, torch.distributed.elastic.multiprocessing.errors
+for line in sys.stdin:
+    command, output, timeout, env = json.loads(line)
+    if not (child := os.fork()):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        os.environ.update(env)
+        signal.alarm(timeout)
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def forks():
+    server = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    atexit.register(lambda: (server.stdin.close(), server.wait()))
+    return server
+
+
 def run(*command, ok=True, timeout=300, **env):
-    """A script of this project as a subprocess; its output. `ok=False`: it must fail, and without a traceback."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-    output = done.stdout + done.stderr
-    assert (done.returncode == 0) == ok, output
+    """A script of this project as if from the command line; its output. `ok=False`: it must fail, and without a traceback."""
+    if command[0] in ("train.py", "sample.py"):
+        server = forks()
+        with tempfile.NamedTemporaryFile("r") as file:
+            print(json.dumps([[*map(str, command)], file.name, timeout, env]), file=server.stdin, flush=True)
+            status, output = int(server.stdout.readline()), file.read()
+    else:
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+        status, output = done.returncode, done.stdout + done.stderr
+    assert (status == 0) == ok and status >= 0, output
     assert ok or "Traceback" not in output, output
     return output
 
 
 def torchrun(processes, *command, **kwargs):
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **kwargs)
+
+
+def start(command, processes=1, **env):
+    """The run in the background, in a process of its own or under torchrun; its output in a pipe."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, start_new_session=True)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came")
+
+
+def records(out_dir):
+    """metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("ms", "data_ms")} for line in lines]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same_weights(a, b):
+    """Whether two loaded checkpoints have the same weights and moments, to the bit."""
+    moments, others = a["optimizer"]["state"], b["optimizer"]["state"]
+    return (a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and
+            all(torch.equal(moments[i][name], others[i][name]) for i in moments for name in moments[i]))
+
+
+def assert_same_run(a, b):
+    """Everything that the rest of the run depends on, to the bit."""
+    a, b = load(a), load(b)
+    for key in ("step", "best_val", "evaluated", "model_config", "tokenizer", "n_vocab", "shards"):
+        assert a[key] == b[key], key
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"] and same_weights(a, b)
 
 
 def pytest_addoption(parser):
@@ -56,6 +133,18 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line("\n".join(lines))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, and a function that makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    disk_and_grow = disk, lambda: subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    yield disk_and_grow
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A data folder with `tiny`: byte tokens in a pattern that a small model learns a little of, in two train shards."""
@@ -72,3 +161,9 @@ def tiny_data(tmp_path_factory):
     write_meta(folder / "tiny", {"tokenizer": "bytes", "vocab_size": 257, "eot_token": 256, "source": {"kind": "test"},
                                  "command": "the tests", "splits": splits})
     return folder
+
+
+@pytest.fixture
+def tiny(tiny_data, tmp_path):
+    """Arguments of a tiny run of 6 steps; out_dir is tmp_path / 'out'."""
+    return ["train.py", *TINY, f"--data_dir={tiny_data}", f"--out_dir={tmp_path}/out", "--compile=False"]
