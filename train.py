@@ -99,13 +99,7 @@ def main():
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False     # costs time, and nothing here reads such memory
     if distributed:
-        try:
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-        except dist.DistError as error:
-            raise checkpoint.RunError(
-                f"the {world_size} processes could not meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-                f"({str(error).splitlines()[0]}). If another run has the port, choose another: torchrun --standalone "
-                "takes a free one, --master_port=… on several nodes") from error
+        meet("nccl" if where.type == "cuda" else "gloo")
     stop = StopSignal(distributed)
     everywhere = functools.partial(on_every_rank, stop.group)
     lock = everywhere(lambda: checkpoint.lock(out_dir) if rank == 0 else None)      # held until the process ends
@@ -121,6 +115,20 @@ def check_counts():
     for name in ("batch_size", "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints", "max_bad_steps"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
+
+
+def meet(backend):
+    """Start the group of all processes."""
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except dist.DistError as error:
+        raise checkpoint.RunError(
+            f"the processes could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}). If another run has the port, choose another: torchrun --standalone takes a "
+            "free one, --master_port=… on several nodes") from error
+    # torchrun keeps its store when it restarts the workers, and with it the addresses of those that died
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def on_every_rank(group, work):

@@ -75,9 +75,10 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
 @linux
 def test_torchrun_recovers_from_a_worker_that_dies(tiny, tmp_path):
     tiny += ["--max_iters=60", "--checkpoint_interval=10", "--eval_interval=50", "--lr_decay_iters=60", "--init_from=auto"]
-    process = start(["--max-restarts=3", *tiny], processes=2)
-    wait_for(process, "step 25/")
-    os.kill(workers(process)[-1], signal.SIGKILL)
+    process = start(["--max-restarts=2", *tiny], processes=2)
+    for step, worker in ((25, 1), (45, 0)):
+        wait_for(process, f"step {step}/")
+        os.kill(workers(process)[worker], signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "resumed from" in output and "finished: 60 steps" in output, output
     torchrun(2, *tiny, f"--out_dir={tmp_path}/reference")
