@@ -22,7 +22,8 @@ import torch
 from data import write_atomic
 
 
-KEYS = {"model", "optimizer", "step", "best_val", "evaluated", "config", "model_config", "command", "tokenizer", "n_vocab", "shards"}
+KEYS = {"model", "optimizer", "step", "best_val", "evaluated", "config", "model_config", "command", "tokenizer", "n_vocab",
+        "shards"}
 
 
 class RunError(RuntimeError):

@@ -70,8 +70,8 @@ def torchrun(processes, *command, **kwargs):
 def start(command, processes=1, **env):
     """The run in the background, in a process of its own or under torchrun; its output in a pipe."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, start_new_session=True)
+    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, start_new_session=True)
 
 
 def wait_for(process, text):
@@ -94,7 +94,8 @@ def load(path):
 def same_weights(a, b):
     """Whether two loaded checkpoints have the same weights and moments, to the bit."""
     moments, others = a["optimizer"]["state"], b["optimizer"]["state"]
-    return (a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and
+    return (a["model"].keys() == b["model"].keys() and moments.keys() == others.keys() and
+            all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and
             all(torch.equal(moments[i][name], others[i][name]) for i in moments for name in moments[i]))
 
 
@@ -145,21 +146,26 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+def write_data_set(folder, **lengths):
+    """Byte tokens in a pattern that a small model learns a little of; lengths: of the shards of each split."""
+    from data import scan, write_meta, write_shard
+    generator, splits = np.random.default_rng(0), {}
+    folder.mkdir(parents=True)
+    for split, counts in lengths.items():
+        splits[split] = {"tokens": sum(counts), "documents": len(counts), "shards": []}
+        for i, count in enumerate(counts):
+            tokens = (np.cumsum(generator.integers(1, 4, count)) % 97).astype(np.uint16)
+            write_shard(folder / f"{split}_{i:06d}.bin", tokens)
+            splits[split]["shards"].append({"file": f"{split}_{i:06d}.bin", "tokens": count, "crc32": scan(tokens)[0]})
+    write_meta(folder, {"tokenizer": "bytes", "vocab_size": 257, "eot_token": 256, "source": {"kind": "test"},
+                        "command": "the tests", "splits": splits})
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A data folder with `tiny`: byte tokens in a pattern that a small model learns a little of, in two train shards."""
-    from data import scan, write_meta, write_shard
+    """A data folder with `tiny`, in two train shards."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "tiny").mkdir()
-    generator, splits = np.random.default_rng(0), {}
-    for split, lengths in (("train", (3000, 2000)), ("val", (1000,))):
-        splits[split] = {"tokens": sum(lengths), "documents": len(lengths), "shards": []}
-        for i, length in enumerate(lengths):
-            tokens = (np.cumsum(generator.integers(1, 4, length)) % 97).astype(np.uint16)
-            write_shard(folder / "tiny" / f"{split}_{i:06d}.bin", tokens)
-            splits[split]["shards"].append({"file": f"{split}_{i:06d}.bin", "tokens": length, "crc32": scan(tokens)[0]})
-    write_meta(folder / "tiny", {"tokenizer": "bytes", "vocab_size": 257, "eot_token": 256, "source": {"kind": "test"},
-                                 "command": "the tests", "splits": splits})
+    write_data_set(folder / "tiny", train=(3000, 2000), val=(1000,))
     return folder
 
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import time
 import zipfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import latest
-from conftest import ROOT, assert_same_run, load, records, run, same_weights, start, torchrun, wait_for
+from conftest import ROOT, assert_same_run, load, records, run, same_weights, start, torchrun, wait_for, write_data_set
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -255,18 +254,7 @@ def test_a_refusal_on_one_rank_is_one_on_all_and_said_once(arguments, says, tiny
 @pytest.mark.parametrize("compiled", [False, True])
 def test_20000_steps_leave_memory_and_file_handles_as_they_were(compiled, tiny, tmp_path, report):
     """Over 200 shards, with 50 epochs of them, 40 evaluations and 40 checkpoints."""
-    from data import scan, write_meta, write_shard
-    import numpy as np
-    generator, splits = np.random.default_rng(0), {}
-    (tmp_path / "data" / "tiny").mkdir(parents=True)
-    for split, count in (("train", 200), ("val", 3)):
-        splits[split] = {"tokens": 260 * count, "documents": count, "shards": []}
-        for i in range(count):
-            tokens = (np.cumsum(generator.integers(1, 4, 260)) % 97).astype(np.uint16)
-            write_shard(tmp_path / "data" / "tiny" / f"{split}_{i:06d}.bin", tokens)
-            splits[split]["shards"].append({"file": f"{split}_{i:06d}.bin", "tokens": 260, "crc32": scan(tokens)[0]})
-    write_meta(tmp_path / "data" / "tiny", {"tokenizer": "bytes", "vocab_size": 257, "eot_token": 256, "splits": splits,
-                                            "source": {"kind": "test"}, "command": "the tests"})
+    write_data_set(tmp_path / "data" / "tiny", train=[260] * 200, val=[260] * 3)
     process = start([*tiny, f"--data_dir={tmp_path}/data", "--max_iters=20000", "--lr_decay_iters=20000", "--log_interval=100",
                      "--eval_interval=500", "--checkpoint_interval=500", f"--compile={compiled}"])
     sizes, handles = {}, {}
@@ -278,6 +266,6 @@ def test_20000_steps_leave_memory_and_file_handles_as_they_were(compiled, tiny, 
             handles[step] = len(os.listdir(f"/proc/{process.pid}/fd"))
     assert process.wait() == 0
     growth = sizes[20000] / sizes[1000] - 1
-    report(f"20,000 steps, {'compiled' if compiled else 'eager'}: {sizes[1000]:.1f} MB at step 1,000, {sizes[20000]:.1f} MB at the "
-           f"end ({growth:+.2%}), largest {max(sizes.values()):.1f} MB; file handles {handles[1000]}, {handles[20000]}")
+    report(f"20,000 steps, {'compiled' if compiled else 'eager'}: {sizes[1000]:.1f} MB at step 1,000, {sizes[20000]:.1f} MB at "
+           f"the end ({growth:+.2%}), largest {max(sizes.values()):.1f} MB; file handles {handles[1000]}, {handles[20000]}")
     assert growth < 0.02 and handles[20000] <= handles[1000]

@@ -360,7 +360,8 @@ def test_a_name_that_the_hub_does_not_know(here):
                               capture_output=True, text=True, timeout=60)
         hub.shutdown()
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "error: data set someone/tpyo, revision main: " in done.stderr and f"look for its name at {endpoint}/datasets" in done.stderr
+    assert "error: data set someone/tpyo, revision main: " in done.stderr
+    assert f"look for its name at {endpoint}/datasets" in done.stderr
     assert not list(here.iterdir())
 
 
