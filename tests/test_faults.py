@@ -38,7 +38,7 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
     """SIGKILL at random moments, among them while a checkpoint is being written, until the run is through: it ends with
     the bits of a run that was never killed."""
     tiny += ["--max_iters=300", "--checkpoint_interval=1", "--eval_interval=20", "--lr_decay_iters=300", "--init_from=auto",
-             "--n_streams=2", f"--compile={compiled}"]
+             "--n_layer=1", "--n_streams=2", f"--compile={compiled}"]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     output, _ = start(tiny, processes, **cache).communicate(timeout=600)
     assert "finished" in output, output
@@ -178,7 +178,8 @@ def poisoned(self, idx, targets=None):
     return logits, loss
 model.GPT.forward = poisoned
 runpy.run_path("train.py", run_name="__main__")
-print("weights:", [parameter.double().sum().item() for parameter in steps[0].parameters()], flush=True)
+weights = [parameter.double().sum().item() for parameter in steps[0].parameters()]
+os.write(1, f"weights: {{weights}}\\n".encode())                # at once: the ranks share the pipe
 """
 
 
