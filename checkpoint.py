@@ -7,11 +7,11 @@ The files of a run in its out_dir: checkpoints that are whole or absent, the met
 A checkpoint is torch.save's zip archive, whose CRC-32 of every record `verify` checks. It is loaded with
 weights_only=True: one from a stranger can be wrong, but cannot run code.
 """
+import errno
 import fcntl
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -20,6 +20,10 @@ from pathlib import Path
 import torch
 
 from data import write_atomic
+
+
+KEYS = {"model", "optimizer", "step", "best_val", "evaluated", "config", "model_config", "command", "tokenizer", "n_vocab",
+        "shards"}
 
 
 class RunError(RuntimeError):
@@ -32,22 +36,23 @@ def save(out_dir, state, *, keep, best):
     Raises RunError when the disk is full or not writable; the checkpoints there are as they were.
     """
     path = Path(out_dir) / f"ckpt_{state['step']:07d}.pt"
-    temporary = path.with_suffix(".tmp")
+    temporary, second = path.with_suffix(".tmp"), Path(out_dir) / "best.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if best:                                    # a second name for the same bytes, which outlives the first; before
+            os.link(temporary, second)              # it, for a run that is killed in between comes by here again
+            os.replace(second, Path(out_dir) / "best.pt")
         os.replace(temporary, path)
-        if best:                                    # a second name for the same bytes, which outlives the first
-            os.link(path, temporary)
-            os.replace(temporary, Path(out_dir) / "best.pt")
         _sync_folder(out_dir)
     except (OSError, RuntimeError) as error:        # torch raises RuntimeError when its archive comes out short
         raise RunError(f"{path}: the checkpoint could not be written ({error}). The ones before it are unchanged. "
                        f"Free some space, then go on with --init_from=resume") from error
     finally:
         temporary.unlink(missing_ok=True)
+        second.unlink(missing_ok=True)
     for old in steps(out_dir)[:-keep]:
         old.unlink()
     return path
@@ -71,7 +76,7 @@ def verify(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:                      # zipfile raises whatever the damaged bytes happen to say
         raise RunError(f"{path}: not a whole checkpoint ({error})") from error
     if damaged:
         raise RunError(f"{path}: damaged, the checksum of {damaged} is wrong")
@@ -95,7 +100,7 @@ def load(path):
                        "python train.py config/tbp.py config/laptop.py")
     verify(path)
     state = load_tensors(path)
-    if missing := {"model", "optimizer", "config", "model_config", "step", "tokenizer"} - set(state):
+    if missing := KEYS - set(state):
         raise RunError(f"{path}: not a checkpoint of this project, it lacks {', '.join(sorted(missing))}")
     return state
 
@@ -106,16 +111,17 @@ def load_tensors(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RunError(f"{path}: could not be read ({error.strerror})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:                      # as above; an UnpicklingError if it asks for more than tensors
         raise RunError(f"{path}: refused, it holds more than tensors and plain values, or is no torch file "
-                       f"({str(error).splitlines()[0]})") from error
+                       f"({(str(error) or repr(error)).splitlines()[0]})") from error
     if not isinstance(state, dict):
         raise RunError(f"{path}: a dict of tensors is wanted, not a {type(state).__name__}")
     return state
 
 
 def lock(out_dir):
-    """Make out_dir and hold it for this process until it ends. Raises RunError if another run writes there."""
+    """Make out_dir, hold it for this process until it ends, and remove what a killed one had half written there.
+    Raises RunError if another run writes there."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(out_dir) / ".lock", "a")
@@ -125,19 +131,36 @@ def lock(out_dir):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise RunError(f"another run is writing to {out_dir}; wait for it, or choose another --out_dir") from error
+    for leftover in (*Path(out_dir).glob("ckpt_*.tmp"), Path(out_dir) / "best.tmp"):
+        leftover.unlink(missing_ok=True)
     return file                                     # the lock lasts as long as this object
 
 
 class Metrics:
-    """metrics.jsonl: a JSON object a line. Opened at `step`, it first drops what a killed run wrote beyond it."""
+    """metrics.jsonl: a JSON object a line. Opened at `step`, it first drops what a killed run wrote beyond it; opened at
+    None, all that is there. Raises RunError when the disk is full or not writable."""
 
     def __init__(self, out_dir, step):
-        path = Path(out_dir) / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            write_atomic(path, *[line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step])
-        self.file = open(path, "a", buffering=1)    # a line at a time
+        self.path = Path(out_dir) / "metrics.jsonl"
+        if self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            write_atomic(self.path, *[line for line in lines if step is not None and _step(line) <= step])
+        self.file = open(self.path, "ab", buffering=0)          # a line at a time: a kill loses none
 
     def write(self, **record):
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        self.file.write(json.dumps(finite) + "\n")             # NaN is no JSON
+        line = json.dumps(finite).encode() + b"\n"              # NaN is no JSON
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RunError(f"{self.path}: could not be written ({error.strerror}). Free some space, then go on with "
+                           "--init_from=resume") from error
+
+
+def _step(line):
+    """The step of a line of metrics; infinite where a kill or a full disk left half of one."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

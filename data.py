@@ -9,10 +9,12 @@ shard has the layout of llm.c and modded-nanogpt: 256 little-endian int32 (magic
 then the tokens as uint16. nanoGPT's headerless files are read too. What a user can get wrong raises DataError.
 """
 import bisect
+import errno
 import functools
 import hashlib
 import json
 import os
+import resource
 import shlex
 import tempfile
 import zlib
@@ -77,12 +79,17 @@ def read_shard(path, vocab_size=None):
     def refuse(reason):
         raise DataError(f"{path}: {reason}; {_remedy(path.parent)}")
 
+    def unreadable(error):
+        if error.errno == errno.EMFILE:
+            raise DataError(f"{path}: more open files than this shell allows (a shard is one): ulimit -n 65536") from error
+        refuse(error.strerror)
+
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             head = file.read(HEADER_BYTES)
     except OSError as error:
-        refuse(error.strerror)
+        unreadable(error)
     if size < 4:
         refuse(f"{size} bytes are no shard")
     magic = int.from_bytes(head[:4], "little")
@@ -109,7 +116,10 @@ def read_shard(path, vocab_size=None):
         refuse(f"no header, and {size:,} bytes (an odd number) cannot be nanoGPT's raw uint16 tokens")
     elif size >= 16 and not np.frombuffer(head[:size // 4 * 4], "<u2")[1::2].any():
         refuse("no header, and every second uint16 is 0: these look like 32-bit tokens")
-    tokens = np.memmap(path, "<u2", "r", offset)
+    try:
+        tokens = np.memmap(path, "<u2", "r", offset)
+    except OSError as error:
+        unreadable(error)
     if vocab_size is not None and (largest := scan(tokens)[1]) >= vocab_size:
         refuse(f"token id {largest} is outside the vocabulary of {vocab_size:,}")
     return tokens
@@ -179,6 +189,13 @@ def _open(directory, shard):
         raise DataError(f"{Path(directory) / shard['file']}: {len(tokens):,} tokens, but {META} says "
                         f"{shard['tokens']:,}; {_remedy(Path(directory))}")
     return tokens
+
+
+def allow_open_files(count):
+    """Raises this process's limit, often 1024, as far as the system lets it: FineWeb 100B alone has 1031 shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard))
 
 
 def verify(directory, rank=0, world_size=1):
@@ -252,6 +269,7 @@ class TokenBlocks:
             raise DataError(f"{directory}: no split {split!r}, there are {', '.join(self.meta['splits'])}")
         if block_size < 1 or seed < 0:
             raise DataError(f"block_size={block_size} must be at least 1 and seed={seed} at least 0")
+        allow_open_files(256 + sum(len(part["shards"]) for part in self.meta["splits"].values()))
         self._shards = [_open(directory, shard) for shard in self.meta["splits"][split]["shards"]]
         self._ends = np.cumsum([(len(tokens) - 1) // block_size for tokens in self._shards]).tolist() or [0]
         self.n_blocks = self._ends[-1]

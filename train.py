@@ -21,11 +21,13 @@ import shlex
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, fields
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # deterministic cuBLAS; read when CUDA starts
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -93,19 +95,58 @@ def main():
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     distributed = "RANK" in os.environ              # set by torchrun
+    check_counts()
     where = pick_device(local_rank)
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False     # costs time, and nothing here reads such memory
     if distributed:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        meet("nccl" if where.type == "cuda" else "gloo")
     stop = StopSignal(distributed)
-    lock = checkpoint.lock(out_dir) if rank == 0 else None          # held until the process ends
-    start = [starting_point() if rank == 0 else None]
+    everywhere = functools.partial(on_every_rank, stop.group)
+    lock = everywhere(lambda: checkpoint.lock(out_dir) if rank == 0 else None)      # held until the process ends
+    start = [everywhere(lambda: starting_point() if rank == 0 else None)]
     if distributed:
-        dist.broadcast_object_list(start)
-    train(rank, world_size, distributed, where, stop, resume_from=start[0])
+        dist.broadcast_object_list(start, group=stop.group)
+    train(rank, world_size, distributed, where, stop, everywhere, resume_from=start[0])
     if distributed:
         dist.destroy_process_group()
+
+
+def check_counts():
+    for name in ("batch_size", "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints", "max_bad_steps"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, not {config[name]}")
+
+
+def meet(backend):
+    """Start the group of all processes."""
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except dist.DistError as error:
+        raise checkpoint.RunError(
+            f"the processes could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}). If another run has the port, choose another: torchrun --standalone takes a "
+            "free one, --master_port=… on several nodes") from error
+    # torchrun keeps its store when it restarts the workers, and with it the addresses of those that died
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def on_every_rank(group, work):
+    """work() of this process, once all have done theirs. What it raises on one of them (a shard is damaged, the disk is
+    full) is raised on all, so that none is left waiting for another."""
+    result = error = None
+    try:
+        result = work()
+    except (checkpoint.RunError, ValueError) as raised:
+        error = raised
+    errors = [error]
+    if group is not None:
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=group)
+    for error in filter(None, errors):
+        raise error
+    return result
 
 
 def starting_point():
@@ -144,16 +185,23 @@ def learning_rate_at(step):
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
 
 
+def fingerprint(meta):
+    """Of a data set: with other shards, a step would see other tokens."""
+    train_tokens, splits = meta["splits"]["train"]["tokens"], json.dumps(meta["splits"], sort_keys=True)
+    return f"{train_tokens:,} training tokens, checksum {zlib.crc32(splits.encode()):08x}"
+
+
 def check_same_run(saved, model_config, meta, say):
     """Raises RunError unless the knobs continue the checkpoint's run; tells of those that may change and did."""
-    now = {**config, "vocab_size": model_config.vocab_size, "tokenizer": meta["tokenizer"]}
-    then = {**saved["config"], "vocab_size": saved["model_config"]["vocab_size"], "tokenizer": saved["tokenizer"]}
+    now = {**config, "vocab_size": model_config.vocab_size, "tokenizer": meta["tokenizer"], "shards": fingerprint(meta)}
+    then = {**saved["config"], "vocab_size": saved["model_config"]["vocab_size"], "tokenizer": saved["tokenizer"],
+            "shards": saved["shards"]}
     changed = {key: f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if now[key] != then.get(key)}
-    forbidden = [changed[key] for key in (*FIXED, "vocab_size", "tokenizer") if key in changed]
+    forbidden = [changed[key] for key in (*FIXED, "vocab_size", "tokenizer", "shards") if key in changed]
     if forbidden:
         raise checkpoint.RunError("the checkpoint is of another run: " + ", ".join(forbidden) + ". Give these the checkpoint's "
                                   f"values, or begin another run with --out_dir=…. A resumed run may change everything "
-                                  f"but {', '.join(FIXED)}")
+                                  f"but {', '.join(FIXED)}, and the data set's tokenizer and shards")
     if changed:
         say("changed since the checkpoint: " + ", ".join(changed.values()))
 
@@ -214,7 +262,7 @@ class StopSignal:
         return flag.item() > 0
 
 
-def train(rank, world_size, distributed, where, stop, resume_from):
+def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     say("command: " + shlex.join(["train.py", *sys.argv[1:]]))
     say("config: " + json.dumps(config))
@@ -223,14 +271,13 @@ def train(rank, world_size, distributed, where, stop, resume_from):
     folder = os.path.join(data_dir, dataset)
     sequences = sequences_per_step(world_size)
     micro_steps = sequences // (batch_size * world_size)
-    blocks = TokenBlocks(folder, "train", block_size, seed, pin_memory=where.type == "cuda")
-    val_blocks = TokenBlocks(folder, "val", block_size, seed, pin_memory=where.type == "cuda")
+    blocks, val_blocks = everywhere(lambda: [TokenBlocks(folder, split, block_size, seed, pin_memory=where.type == "cuda")
+                                             for split in ("train", "val")])
     eval_batches = eval_tokens // (batch_size * block_size)
     if not 1 <= eval_batches * batch_size <= val_blocks.n_blocks:
         raise DataError(f"eval_tokens = {eval_tokens:,} are {eval_batches} batches of {batch_size} * {block_size}; the "
                         f"validation split of {folder} has {val_blocks.n_blocks} sequences, so choose --eval_tokens from "
                         f"{batch_size * block_size:,} to {val_blocks.n_blocks // batch_size * batch_size * block_size:,}")
-    verify(folder, rank, world_size)
     meta = blocks.meta
     say(f"data: {folder}, {meta['tokenizer']} tokens, {blocks.n_blocks:,} training sequences, an epoch is "
         f"{blocks.n_blocks / sequences:,.1f} steps; a step: {sequences} sequences = {micro_steps} micro-steps * "
@@ -245,7 +292,7 @@ def train(rank, world_size, distributed, where, stop, resume_from):
                                   fused=True)
     step, best_val, evaluated = 0, math.inf, None   # evaluated: the step of the last evaluation
     if resume_from:
-        state = checkpoint.load(resume_from)
+        state = everywhere(lambda: checkpoint.load(resume_from))
         check_same_run(state, model_config, meta, say)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -253,7 +300,7 @@ def train(rank, world_size, distributed, where, stop, resume_from):
         say(f"resumed from {resume_from} at step {step}")
         del state                                   # a second copy of the weights and moments
     elif init_from.startswith("gpt2:"):
-        model.load_gpt2(checkpoint.load_tensors(init_from.removeprefix("gpt2:")))
+        model.load_gpt2(everywhere(lambda: checkpoint.load_tensors(init_from.removeprefix("gpt2:"))))
     counts = model.parameter_counts()
     say(f"model: {mixer}, {n_streams} stream{'s' * (n_streams > 1)}, {counts['total']:,} parameters, of which "
         f"{counts['hyper_connections']:,} in hyper-connections; on {where}, {world_size} process{'es' * (world_size > 1)}")
@@ -286,17 +333,23 @@ def train(rank, world_size, distributed, where, stop, resume_from):
             checkpoint.save(out_dir, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best_val": best_val,
                 "evaluated": evaluated, "config": config, "model_config": asdict(model_config), "command": sys.argv,
-                "tokenizer": meta["tokenizer"], "n_vocab": meta["vocab_size"]}, keep=keep_checkpoints, best=best)
+                "tokenizer": meta["tokenizer"], "n_vocab": meta["vocab_size"], "shards": fingerprint(meta)},
+                keep=keep_checkpoints, best=best)
+
+    def open_metrics():
+        if rank == 0:
+            write_atomic(os.path.join(out_dir, "config.json"), json.dumps(config, indent=1).encode())
+            return checkpoint.Metrics(out_dir, step if resume_from else None)
 
     # ---- loop
-    if rank == 0:
-        write_atomic(os.path.join(out_dir, "config.json"), json.dumps(config, indent=1).encode())
-        metrics = checkpoint.Metrics(out_dir, step)
+    everywhere(lambda: verify(folder, rank, world_size))        # minutes for a large data set: the other refusals come first
+    metrics = everywhere(open_metrics)
     flops_per_step = model.flops_per_token() * total_batch_tokens
     peak = peak_flops or next((flops for name, flops in PEAK_FLOPS.items() if where.type == "cuda" and
                                name in torch.cuda.get_device_name(where)), 0)
-    bad_in_a_row = torch.zeros((), device=where)    # counted on the device: reading it would make the host wait
-    first = logged = step
+    # Counted on the device: reading them would make the host wait. The last three are of the steps since the last log line.
+    bad_in_a_row, skipped, clipped, norm_max = torch.zeros(4, device=where).unbind()
+    first = logged = tallied = step                 # logged: where the clock started
     begin, data_seconds = time.time(), 0.0
     if compile and step < max_iters:
         say("compiling: the first evaluation and the first step take a while")
@@ -309,9 +362,9 @@ def train(rank, world_size, distributed, where, stop, resume_from):
             say(f"step {step}/{max_iters} | val {val:.4f} | composite gain {gain:.3f}")
             if rank == 0:
                 metrics.write(step=step, val=val, gain=gain)
-            begin, logged = time.time(), step       # log lines time steps alone
+            begin, logged, data_seconds = time.time(), step, 0.0        # log lines time steps alone
         if step > first and (improved or step % checkpoint_interval == 0 or step >= max_iters):
-            save(best=improved)
+            everywhere(functools.partial(save, best=improved))
         if step >= max_iters:
             break
 
@@ -337,21 +390,26 @@ def train(rank, world_size, distributed, where, stop, resume_from):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         bad = ~(loss.isfinite() & norm.isfinite())
         bad_in_a_row = (bad_in_a_row + 1) * bad
+        skipped = skipped + bad
+        clipped = clipped + (~bad & (norm > (grad_clip or math.inf)))
+        norm_max = torch.where(bad, norm_max, torch.maximum(norm_max, norm))
         optimizer.found_inf = bad.float()           # AdamW skips the whole update where this is 1, without the host
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         if step % log_interval == 0 or step == first + 1:
-            loss_now, norm_now, bad_now = torch.stack([loss, norm, bad_in_a_row]).tolist()
+            loss_now, norm_now, bad_now, skipped_now, clipped_now, norm_max_now = torch.stack(
+                [loss, norm, bad_in_a_row, skipped, clipped, norm_max]).tolist()
             seconds = (time.time() - begin) / (step - logged)
             tokens_per_second = total_batch_tokens / seconds
             mfu = flops_per_step / seconds / (peak * world_size) if peak else None
             say(f"step {step}/{max_iters} | loss {loss_now:.4f} | norm {norm_now:.3f} | lr {lr:.2e} | {seconds * 1e3:.0f} ms | "
                 f"{tokens_per_second:,.0f} tok/s" + (f" | mfu {mfu:.1%}" if mfu else "") +
-                (f" | not finite, skipped ({bad_now:.0f} in a row)" if bad_now else ""))
+                (f" | {skipped_now:.0f} not finite, skipped ({bad_now:.0f} in a row)" if skipped_now else ""))
             if rank == 0:
-                metrics.write(step=step, loss=loss_now, norm=norm_now, lr=lr, clipped=0 < grad_clip < norm_now, bad=int(bad_now),
+                metrics.write(step=step, loss=loss_now, norm=norm_now, norm_max=norm_max_now, lr=lr,
+                              clipped=clipped_now / (step - tallied), skipped=int(skipped_now), bad=int(bad_now),
                               ms=seconds * 1e3, data_ms=data_seconds / (step - logged) * 1e3)
             if step == first + 1:
                 say(f"the first step, compiling included, took {seconds:.1f} s")
@@ -359,9 +417,10 @@ def train(rank, world_size, distributed, where, stop, resume_from):
                 raise checkpoint.RunError(
                     f"{bad_now:.0f} steps in a row had a loss or gradient that is not finite; their updates were skipped. The "
                     f"last good checkpoint is {checkpoint.latest(out_dir)}. Lower --learning_rate, or look at metrics.jsonl")
-            begin, logged, data_seconds = time.time(), step, 0.0
+            begin, logged, tallied, data_seconds = time.time(), step, step, 0.0
+            skipped, clipped, norm_max = torch.zeros(3, device=where).unbind()
         if stop.agreed():
-            save()
+            everywhere(save)
             say(f"stopped at step {step} by a signal; go on with --init_from=resume")
             return
     say(f"finished: {step} steps, best validation loss {best_val:.4f}, peak memory {peak_memory(where) / 2**30:.2f} GiB; "
@@ -370,6 +429,6 @@ def train(rank, world_size, distributed, where, stop, resume_from):
 
 if __name__ == "__main__":
     try:
-        main()
+        record(main)()                              # torchrun shows what is raised as the root cause
     except (checkpoint.RunError, ValueError) as error:      # what the user can put right; DataError is a ValueError
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"{type(error).__name__}: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)     # said once

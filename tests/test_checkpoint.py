@@ -12,8 +12,7 @@ from conftest import ROOT
 
 
 def state(step, size=1000):
-    return {"step": step, "model": {"w": torch.full((size,), float(step))}, "optimizer": {}, "config": {}, "model_config": {},
-            "tokenizer": "bytes"}
+    return {**dict.fromkeys(checkpoint.KEYS), "step": step, "model": {"w": torch.full((size,), float(step))}}
 
 
 def names(folder):
@@ -41,24 +40,36 @@ def test_a_failure_while_writing_leaves_what_was_there(call, tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs takes root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_full_disk_leaves_what_was_there(small_disk):
-    checkpoint.save(small_disk, state(1, 100_000), keep=2, best=True)
-    checkpoint.save(small_disk, state(2, 100_000), keep=2, best=False)
+    disk, grow = small_disk
+    checkpoint.save(disk, state(1, 100_000), keep=2, best=True)
+    checkpoint.save(disk, state(2, 100_000), keep=2, best=False)
     with pytest.raises(RunError, match="could not be written"):
-        checkpoint.save(small_disk, state(3, 100_000), keep=2, best=False)
-    assert names(small_disk) == ["best.pt", "ckpt_0000001.pt", "ckpt_0000002.pt"]
-    assert checkpoint.load(checkpoint.latest(small_disk))["step"] == 2
+        checkpoint.save(disk, state(3, 100_000), keep=2, best=False)
+    assert names(disk) == ["best.pt", "ckpt_0000001.pt", "ckpt_0000002.pt"]
+    assert checkpoint.load(checkpoint.latest(disk))["step"] == 2
+    grow()
+    checkpoint.save(disk, state(3, 100_000), keep=2, best=False)
+    assert names(disk) == ["best.pt", "ckpt_0000002.pt", "ckpt_0000003.pt"]
+
+
+@pytest.mark.parametrize("call, count", [("torch.save", 1), ("os.fsync", 1), ("os.link", 1), ("os.replace", 1), ("os.replace", 2)])
+def test_killed_between_any_two_calls_no_checkpoint_is_lost(call, count, tmp_path, monkeypatch):
+    """The process is gone before its `count`-th call: what is there is whole, and best.pt is no older than the newest."""
+    checkpoint.save(tmp_path, state(1), keep=1, best=True)
+    if not (child := os.fork()):
+        calls = iter(range(count - 1))
+        real = {"torch": torch, "os": os}[call.split(".")[0]].__dict__[call.split(".")[1]]
+        monkeypatch.setattr(call, lambda *arguments: os._exit(9) if next(calls, None) is None else real(*arguments))
+        checkpoint.save(tmp_path, state(2), keep=1, best=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    newest = checkpoint.load(checkpoint.latest(tmp_path))["step"]
+    assert newest <= checkpoint.load(tmp_path / "best.pt")["step"]
+    checkpoint.lock(tmp_path).close()
+    assert not list(tmp_path.glob("*.tmp"))
+    checkpoint.save(tmp_path, state(3), keep=1, best=True)
+    assert names(tmp_path) == [".lock", "best.pt", "ckpt_0000003.pt"]
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
@@ -68,7 +79,7 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     noticed = 0
     for at in range(0, len(whole), 7):
         damaged = bytearray(whole)
-        damaged[at] ^= 16
+        damaged[at] ^= 1 << at % 8
         path.write_bytes(damaged)
         try:
             assert torch.equal(checkpoint.load(path)["model"]["w"], wanted), at
@@ -88,7 +99,7 @@ def test_what_is_no_checkpoint_is_refused(content, says, tmp_path):
 
 def test_another_kind_of_torch_file_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
-    with pytest.raises(RunError, match="lacks config, model, model_config, optimizer, step, tokenizer"):
+    with pytest.raises(RunError, match="lacks best_val, command, config, .*, tokenizer"):
         checkpoint.load(tmp_path / "x.pt")
     torch.save(torch.zeros(3), tmp_path / "x.pt")
     with pytest.raises(RunError, match="a dict of tensors is wanted, not a Tensor"):
@@ -113,5 +124,22 @@ def test_metrics_drop_what_lies_beyond_the_step_and_half_a_line(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     checkpoint.Metrics(tmp_path, 3).write(step=4, loss=2.0)
+    checkpoint.Metrics(tmp_path, 4)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, None), (3, 1.0), (4, 2.0)]
+    checkpoint.Metrics(tmp_path, None)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_full_disk_is_no_traceback_for_metrics(small_disk):
+    disk, grow = small_disk
+    metrics = checkpoint.Metrics(disk, None)
+    with pytest.raises(RunError, match="metrics.jsonl: could not be written .No space left.*--init_from=resume"):
+        for step in range(100_000):
+            metrics.write(step=step, loss=1.0)
+    metrics.file.close()
+    grow()
+    metrics = checkpoint.Metrics(disk, step)
+    metrics.write(step=step, loss=1.0)
+    metrics.file.close()
+    assert len((disk / "metrics.jsonl").read_text().splitlines()) == step + 1

@@ -128,6 +128,22 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("hard", [4096, 64])
+def test_more_shards_than_open_files_are_allowed(hard, tmp_path):
+    """The process raises its own limit; where it may not, it says what to do, and that is not to delete the data."""
+    folder = make_data_set(tmp_path, [range(10)] * 100)
+    if not (child := os.fork()):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        try:
+            read = rows(TokenBlocks(folder, "train", 4).in_order(0, 200))
+            os._exit(0 if read == 100 * [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]] else 1)
+        except DataError as error:
+            os._exit(2 if "ulimit -n 65536" in str(error) and "rm -rf" not in str(error) else 3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if hard == 4096 else 2)
+
+
 def test_scan_matches_zlib_over_many_parts():
     tokens = np.random.default_rng(0).integers(0, 50257, 600_001).astype(np.uint16)
     tokens[-1] = 60000

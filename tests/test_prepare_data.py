@@ -1,10 +1,12 @@
 import bz2
 import gzip
 import hashlib
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -316,6 +318,51 @@ def test_a_full_disk_is_survived(library):
     full = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert full.returncode == 1 and "train_000000.bin: could not be written (File too large)" in full.stderr
     assert "Traceback" not in full.stderr and set(content(Path("data/stdlib"))) == {"progress.npz"}
+
+
+def test_a_full_disk_is_survived_and_space_lets_it_go_on(small_disk, here, monkeypatch):
+    """A real one: the shards that are whole stay, the one that is not goes, and in the end nothing differs."""
+    disk, grow = small_disk
+    (here / "a.jsonl").write_text("".join(json.dumps({"text": text * 40}) + "\n" for text in TEXTS))
+    monkeypatch.setattr(prepare_data, "CHUNK_DOCUMENTS", 32)
+    argv = ["--files", "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 100_000, "--val-share", 0.2]
+    run(*argv, "--out", here / "whole")
+    run(*argv, "--out", disk / "out", fails="could not be written .No space left on device.*Free .* bytes and run this again")
+    left = content(disk / "out")
+    assert "progress.npz" in left and not any(name.endswith(".tmp") for name in left) and len(left) > 2
+    assert all(left[name] == (here / "whole" / name).read_bytes() for name in left if name.endswith(".bin"))
+    grow()
+    run(*argv, "--out", disk / "out")
+    whole, there = content(here / "whole"), content(disk / "out")
+    assert {**whole, "meta.json": 0} == {**there, "meta.json": 0}           # which names the command, and so --out
+
+
+class NoSuchRepository(http.server.BaseHTTPRequestHandler):
+    """What the Hub answers for a name that it does not know."""
+    def do_GET(self):
+        self.send_response(200 if self.path == "/" else 404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_name_that_the_hub_does_not_know(here):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoSuchRepository) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{hub.server_port}"
+        done = subprocess.run([sys.executable, ROOT / "prepare_data.py", "someone/tpyo", "--tokenizer", "bytes"], cwd=here,
+                              env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"},
+                              capture_output=True, text=True, timeout=60)
+        hub.shutdown()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: data set someone/tpyo, revision main: " in done.stderr
+    assert f"look for its name at {endpoint}/datasets" in done.stderr
+    assert not list(here.iterdir())
 
 
 # ---- adopting -------------------------------------------------------------------------------------------------------

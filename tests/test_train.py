@@ -1,46 +1,14 @@
 """train.py and sample.py as subprocesses, as a user runs them."""
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, TINY, run, torchrun
+from conftest import ROOT, assert_same_run, load, records, run, torchrun
+from data import read_meta, write_meta, write_shard
 from mixers import MIXERS
-
-
-@pytest.fixture
-def tiny(tiny_data, tmp_path):
-    """Arguments of a tiny run of 6 steps; out_dir is tmp_path / 'out'."""
-    return ["train.py", *TINY, f"--data_dir={tiny_data}", f"--out_dir={tmp_path}/out", "--compile=False"]
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same_run(a, b):
-    """Everything that the rest of the run depends on, to the bit."""
-    a, b = load(a), load(b)
-    for key in ("step", "best_val", "evaluated", "model_config", "tokenizer", "n_vocab"):
-        assert a[key] == b[key], key
-    assert a["model"].keys() == b["model"].keys()
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-    for i, moments in a["optimizer"]["state"].items():
-        assert all(torch.equal(moments[name], b["optimizer"]["state"][i][name]) for name in moments)
-
-
-def records(out_dir):
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -55,8 +23,8 @@ def test_trains_resumes_to_the_bit_and_samples(mixer, tiny, tmp_path):
     output = run(*tiny, f"--out_dir={tmp_path}/killed", "--init_from=resume")
     assert "at step 4" in output and "step 5/6" in output and "step 4/6 | loss" not in output
     assert_same_run(tmp_path / "out" / "ckpt_0000006.pt", tmp_path / "killed" / "ckpt_0000006.pt")
-    strip = lambda out: [{k: v for k, v in r.items() if k not in ("ms", "data_ms")} for r in records(tmp_path / out)]
-    assert strip("out") == strip("killed") and [r["step"] for r in strip("out") if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert records(tmp_path / "out") == records(tmp_path / "killed")
+    assert [r["step"] for r in records(tmp_path / "out") if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
     text = run("sample.py", f"--out_dir={tmp_path}/killed", "--start=abc", "--num_samples=2", "--max_new_tokens=30", "--device=cpu")
     assert "--- sample 2 ---\nabc" in text
@@ -81,16 +49,17 @@ def test_python_and_torchrun_of_one_process_are_the_same_run(tiny, tmp_path):
 
 
 def test_two_processes_are_one_and_a_run_may_change_their_number(tiny, tmp_path):
-    """And so may the number of micro-steps: 1 process takes two, 2 processes take one each."""
+    """And so may the number of micro-steps: 1 process takes two, 2 processes take one each. An epoch is 39 steps."""
+    tiny += ["--max_iters=45", "--lr_decay_iters=45", "--eval_interval=9"]
     run(*tiny)
-    torchrun(2, *tiny, f"--out_dir={tmp_path}/two")
-    torchrun(2, *tiny, f"--out_dir={tmp_path}/changed", "--max_iters=4")
-    run(*tiny, f"--out_dir={tmp_path}/changed", "--init_from=resume")
-    one = [r for r in records(tmp_path / "out")]
-    for other in ("two", "changed"):
-        if other == "changed":                  # its last evaluation fell on step 4 in any case
-            assert len(records(tmp_path / other)) == len(one)
-        for a, b in zip(one, records(tmp_path / other)):
+    torchrun(2, *tiny, f"--out_dir={tmp_path}/two", "--max_iters=27")
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    run(*tiny, f"--out_dir={tmp_path}/one", "--init_from=resume")
+    torchrun(2, *tiny, f"--out_dir={tmp_path}/two", "--init_from=resume")
+    expected = records(tmp_path / "out")
+    for other in (records(tmp_path / "one"), records(tmp_path / "two")):
+        assert len(other) == len(expected) == 45 + 6
+        for a, b in zip(expected, other):
             assert a["step"] == b["step"] and abs(a.get("loss", 0) - b.get("loss", 0)) < 1e-4
             assert abs(a.get("val", 0) - b.get("val", 0)) < 1e-4
 
@@ -115,62 +84,6 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
     assert all(torch.equal(tensor, mine[name][:len(tensor)]) for name, tensor in model.state_dict().items())
 
 
-def start(command, processes=1):
-    """The run in the background; its output in a pipe."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def wait_for(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} never came")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_finishes_the_step_and_saves(number, processes, tiny, tmp_path):
-    process = start([*tiny, "--max_iters=100000", "--checkpoint_interval=100000", "--eval_interval=100000"], processes)
-    wait_for(process, "step 20/")
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert "by a signal; go on with --init_from=resume" in output and "Error" not in output.split("SignalException")[0]
-    assert processes > 1 or process.returncode == 0
-    newest, = (tmp_path / "out").glob("ckpt_*.pt")
-    assert load(newest)["step"] == records(tmp_path / "out")[-1]["step"] >= 20
-
-
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny, tmp_path):
-    output = run(*tiny, "--learning_rate=1e38", "--min_lr=1e38", "--grad_clip=0.0", "--warmup_iters=0", "--max_bad_steps=3",
-                 "--max_iters=50", "--eval_interval=1000", "--checkpoint_interval=1", ok=False)
-    assert "not finite, skipped (3 in a row)" in output
-    assert "3 steps in a row" in output and "last good checkpoint is" in output and "Lower --learning_rate" in output
-    last = records(tmp_path / "out")[-1]
-    assert last["bad"] == 3 and last["loss"] is None
-
-
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, tmp_path):
-    run(*tiny)
-    reference = tmp_path / "reference.pt"
-    newest = tmp_path / "out" / "ckpt_0000006.pt"
-    shutil.copy(newest, reference)
-    whole = bytearray(newest.read_bytes())
-    for damage in ("truncated", "one bit"):
-        if damage == "truncated":
-            newest.write_bytes(whole[:len(whole) // 2])
-        else:
-            with zipfile.ZipFile(reference) as archive:         # in the middle of the largest tensor
-                largest = max(archive.infolist(), key=lambda i: i.file_size)
-            flipped = bytearray(whole)
-            flipped[largest.header_offset + largest.file_size // 2 + 200] ^= 4
-            newest.write_bytes(flipped)
-        output = run(*tiny, "--init_from=resume")
-        assert "warning" in output and "ckpt_0000006.pt" in output and "at step 4" in output
-        assert_same_run(newest, reference)
-
-
 @pytest.mark.parametrize("arguments, says", [
     (["--mixer=tpb"], "unknown mixer 'tpb'"),
     (["--n_embd=15"], "n_embd 15 is not divisible by n_head 2"),
@@ -188,6 +101,10 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, tmp_path):
     (["--device=tpu"], "tpu"),
     (["--dtype=float8"], "not 'float8'"),
     (["--out_dir=/proc/out"], "not writable"),
+    (["--out_dir=README.txt/out"], "not writable (Not a directory)"),
+    (["--block_size=1500", "--total_batch_tokens=6000"], "longest shard of split 'val' has 1,000 tokens"),
+    (["--log_interval=0"], "log_interval must be at least 1, not 0"),
+    (["syntax_error.py"], "syntax_error.py:2: SyntaxError"),
     (["--learning_rat=1"], "did you mean --learning_rate?"),
     (["--max_iters=many"], "wanted int"),
     (["config/tpb.py"], "no such config file"),
@@ -195,29 +112,86 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, tmp_path):
 def test_bad_input_is_refused_at_once(arguments, says, tiny, tmp_path):
     if "cuda" in arguments[0] and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
+    (tmp_path / "syntax_error.py").write_text("n_layer = 2\nn_head = = 2\n")
+    (tmp_path / "README.txt").write_text("a file, not a folder")
+    arguments = [argument.replace("syntax_error", f"{tmp_path}/syntax_error").replace("README", f"{tmp_path}/README")
+                 for argument in arguments]
     output = run(*tiny, *arguments, ok=False)
     assert says in output, output
     assert not list(tmp_path.glob("out/*.pt")) and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+SHARD = "train_000000.bin"
+
+
+def other_meta(folder, **changes):
+    write_meta(folder, {**read_meta(folder), **changes})
+
+
+def flip_a_bit(path):
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 4
+    path.write_bytes(whole)
+
+
+def header(path, at, value):
+    whole = bytearray(path.read_bytes())
+    whole[4 * at:4 * at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda folder: (folder / SHARD).unlink(), f"{SHARD}: No such file"),
+    (lambda folder: (folder / SHARD).write_bytes(b""), f"{SHARD}: 0 bytes"),
+    (lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100]), f"{SHARD}: truncated"),
+    (lambda folder: flip_a_bit(folder / SHARD), f"{SHARD}: checksum"),
+    (lambda folder: header(folder / SHARD, 0, 20240801), "magic 20240801 marks llm.c's Llama-3 shards of uint32"),
+    (lambda folder: header(folder / SHARD, 0, 20240326), "magic 20240326 marks another kind of llm.c file"),
+    (lambda folder: header(folder / SHARD, 0, 0x12345678), f"{SHARD}: 3,512 tokens, but meta.json says 3,000"),   # raw uint16
+    (lambda folder: header(folder / SHARD, 1, 2), "shard version 2, only version 1"),
+    (lambda folder: (folder / SHARD).write_bytes(b"\1\0\0\0" * 3000), "these look like 32-bit tokens"),
+    (lambda folder: write_shard(folder / SHARD, [1] * 2999), "2,999 tokens, but meta.json says 3,000"),
+    (lambda folder: other_meta(folder, vocab_size=90), "token id 96 is outside the vocabulary of 90"),
+    (lambda folder: (folder / "meta.json").unlink(), "meta.json: no such file; to make it: python prepare_data.py"),
+    (lambda folder: (folder / "meta.json").write_text("{"), "meta.json: damaged"),
+])
+def test_a_damaged_data_set_is_refused_at_once(damage, says, tiny, tiny_data, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    damage(tmp_path / "data" / "tiny")
+    output = run(*tiny, f"--data_dir={tmp_path}/data", ok=False)
+    assert says in output, output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
+
+
+def test_a_run_is_not_continued_on_other_data(tiny, tiny_data, tmp_path):
+    """Neither with another tokenizer's ids nor with another order of the same tokens."""
+    run(*tiny, "--max_iters=2")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    shutil.copytree(tiny_data, tmp_path / "data")
+    folder = tmp_path / "data" / "tiny"
+    other = [*tiny, f"--data_dir={tmp_path}/data", "--init_from=resume"]
+    other_meta(folder, tokenizer="gpt2", vocab_size=50257)
+    output = run(*other, ok=False)
+    assert "tokenizer: 'bytes' -> 'gpt2'" in output and "vocab_size: 320 -> 50304" in output
+    shutil.copy(tiny_data / "tiny" / "meta.json", folder)
+    meta = read_meta(folder)
+    meta["splits"]["train"]["shards"].reverse()
+    write_meta(folder, meta)
+    assert "shards: '5,000 training tokens, checksum " in run(*other, ok=False)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    shutil.copy(tiny_data / "tiny" / "meta.json", folder)
+    assert "finished: 6 steps" in run(*other)                   # the same data elsewhere is the same data
 
 
 def test_a_run_is_not_written_over_nor_continued_as_another(tiny, tmp_path):
     run(*tiny, "--max_iters=2")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert "holds a run already" in run(*tiny, ok=False)
-    output = run(*tiny, "--init_from=resume", "--n_layer=3", "--seed=7", ok=False)
-    assert "n_layer: 2 -> 3" in output and "seed: 1337 -> 7" in output and "may change everything but" in output
+    output = run(*tiny, "--init_from=resume", "--n_layer=3", "--seed=7", "--block_size=32", ok=False)
+    for says in ("n_layer: 2 -> 3", "block_size: 16 -> 32", "seed: 1337 -> 7", "may change everything but"):
+        assert says in output
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert "learning_rate: 0.01 -> 0.02" in run(*tiny, "--init_from=resume", "--learning_rate=0.02")
-
-
-def test_two_runs_cannot_share_a_folder(tiny, tmp_path):
-    process = start([*tiny, "--max_iters=100000", "--eval_interval=100000"])
-    try:
-        wait_for(process, "step 3/")
-        assert "another run is writing to" in run(*tiny, ok=False)
-    finally:
-        process.kill()
-        process.wait()
 
 
 class RunsCode:
@@ -236,55 +210,20 @@ def test_a_checkpoint_cannot_run_code(script, tiny, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (["--out_dir=nowhere"], "nowhere has no checkpoint"), (["--checkpoint=no.pt"], "no.pt: no such checkpoint"),
-    (["--checkpoint=README.md"], "not a whole checkpoint"), (["--temperature=-1"], "temperature -1"),
+    (["--checkpoint=notes.md"], "not a whole checkpoint"), (["--temperature=-1"], "temperature -1"),
 ])
-def test_sample_refuses(arguments, says):
-    assert says in run("sample.py", *arguments, ok=False)
+def test_sample_refuses(arguments, says, tmp_path):
+    (tmp_path / "notes.md").write_text("no checkpoint")
+    assert says in run("sample.py", *[argument.replace("notes.md", f"{tmp_path}/notes.md") for argument in arguments], ok=False)
 
 
 def test_samples_from_a_file_and_repeats_with_a_seed(tiny, tmp_path):
     run(*tiny, "--max_iters=1")
     (tmp_path / "prompt.txt").write_text("from a file")
-    command = ["sample.py", f"--out_dir={tmp_path}/out", f"--start=FILE:{tmp_path}/prompt.txt", "--top_p=0.9", "--top_k=0", "--device=cpu"]
+    command = ["sample.py", f"--out_dir={tmp_path}/out", f"--start=FILE:{tmp_path}/prompt.txt", "--top_p=0.9", "--top_k=0",
+               "--max_new_tokens=50", "--device=cpu"]
     text = run(*command)
     assert "from a file" in text and text == run(*command) and text != run(*command, "--seed=2")
     assert "prompt2" in run(*command, f"--start=FILE:{tmp_path}/prompt2.txt", ok=False)
 
 
-def workers(process):
-    return [int(pid) for pid in (Path("/proc") / f"{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds a launcher's workers in /proc")
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_any_moment(processes, tiny, tmp_path):
-    """SIGKILL at random moments until the run is through; its end is that of a run that was never killed."""
-    tiny += ["--max_iters=150", "--checkpoint_interval=1", "--eval_interval=50", "--lr_decay_iters=150", "--init_from=auto"]
-    output, _ = start(tiny, processes).communicate(timeout=300)
-    assert "finished" in output, output
-    shutil.move(tmp_path / "out", tmp_path / "reference")
-    generator = random.Random(0)
-    for _ in range(20 if processes == 1 else 5):
-        process = start(tiny, processes)
-        if generator.random() < 0.8:                # else while it is still starting
-            wait_for(process, "step ")
-        time.sleep(generator.uniform(0, 0.5))
-        for pid in (process.pid, *workers(process)):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-    output, _ = start(tiny, processes).communicate(timeout=300)
-    assert "finished" in output and "another run" not in output, output
-    assert_same_run(tmp_path / "reference" / "ckpt_0000150.pt", tmp_path / "out" / "ckpt_0000150.pt")
-    assert [r["step"] for r in records(tmp_path / "out") if "loss" in r] == list(range(1, 151))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds a launcher's workers in /proc")
-def test_torchrun_recovers_from_a_worker_that_dies(tiny, tmp_path):
-    tiny += ["--max_iters=150", "--checkpoint_interval=10", "--eval_interval=50", "--lr_decay_iters=150", "--init_from=auto"]
-    process = start(["--max-restarts=3", *tiny], processes=2)
-    wait_for(process, "step 25/")
-    os.kill(workers(process)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "finished: 150 steps" in output, output
-    torchrun(2, *tiny, f"--out_dir={tmp_path}/reference")
-    assert_same_run(tmp_path / "reference" / "ckpt_0000150.pt", tmp_path / "out" / "ckpt_0000150.pt")
