@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mixers import MIXERS, HyperConnection, composite_gain
+from mixers import MIXERS, HyperConnection, composite_gain, mean_square
 from model import GPT, GPTConfig
 
 LAYERS, STREAMS, CHANNELS, TOKENS = 24, 4, 512, 16              # 48 sublayers
@@ -41,7 +41,8 @@ def test_sums_hold_in_bfloat16_and_do_not_drift_over_48_sublayers(mixer, report)
     model, matrices = mixing_only(mixer), []
 
     def unequal(module, inputs):                                # mixed streams grow alike, and would tell nothing
-        return torch.randn(inputs[0].shape).to(inputs[0].dtype), *inputs[1:]
+        fresh = torch.randn(inputs[0].shape).to(inputs[0].dtype)
+        return fresh, mean_square(fresh), *inputs[2:]
 
     def read_off(module, inputs, output):
         after = output[0] if isinstance(output, tuple) else output
