@@ -456,14 +456,16 @@ class _Logits(torch.autograd.Function):
 
 
 # In these two the coefficients come twice: stacked, as numbers, and plane by plane, for their gradients to go back to.
-# A stack that gradients go through would be cut into planes again by a kernel of its own.
+# A stack that gradients go through would be cut into planes again by a kernel of its own. (`*args`, since Dynamo without
+# gradients drops the ctx of a forward that happens to have as many parameters as there are arguments.)
 
 
 class _Read(torch.autograd.Function):
-    """x (B, T, n, C), a (B, T, n) -> sum_j a_j x_j (B, T, C) in x's dtype."""
+    """x (B, T, n, C), a (B, T, n), its planes -> sum_j a_j x_j (B, T, C) in x's dtype."""
 
     @staticmethod
-    def forward(ctx, x, a, *planes):
+    def forward(ctx, *args):
+        x, a = args[:2]
         ctx.save_for_backward(x, a)
         # One product over all streams, not n: the compiler then keeps u for the backward and does not read x again.
         return (a[..., None] * x).sum(-2).to(x.dtype)
@@ -476,11 +478,12 @@ class _Read(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
-    """x (B, T, n, C), v (B, T, C), w (B, T, n), M (B, T, n, n) or None for I -> x'_i = sum_j M_ij x_j + w_i v in x's
-    dtype, and its mean square over streams and channels (B, T) in float32."""
+    """x (B, T, n, C), v (B, T, C), w (B, T, n), M (B, T, n, n) or None for I, the planes of both -> x'_i = sum_j M_ij x_j
+    + w_i v in x's dtype, and its mean square over streams and channels (B, T) in float32."""
 
     @staticmethod
-    def forward(ctx, x, v, w, M, *planes):
+    def forward(ctx, *args):
+        x, v, w, M = args[:4]
         ctx.save_for_backward(x, v, w, M)
         mixed = x if M is None else sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2]))
         new = mixed + w[..., None] * v[..., None, :]                                        # float32
@@ -513,8 +516,9 @@ def _wide(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+@torch.no_grad()
 def mean_square(x):
-    """x (B, T, n, C) -> (B, T) in float32, what HyperConnection wants to know of x."""
+    """x (B, T, n, C) -> (B, T) in float32, what HyperConnection wants to know of x, whose derivative it takes itself."""
     return _wide(x).square().mean((-2, -1))
 
 

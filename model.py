@@ -174,7 +174,7 @@ class GPT(nn.Module):
         torch._functorch.config.activation_memory_budget = activation_memory_budget
         _keep_freed_memory()
         for region in (*self.blocks, self.head):
-            region.compile(fullgraph=True)
+            region.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def init_parameters(self):

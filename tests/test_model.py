@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mixers import MIXERS, HyperConnection, n_logits
 from model import GPT, GPTConfig, sample_token
@@ -63,6 +64,31 @@ def test_streams_part_and_every_mixer_parameter_learns(mixer, dynamic, tokens):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_fits_a_few_sequences(mixer, tokens):
     assert trained(build(mixer), tokens, 60) < 1.0 < math.log(61) - 1
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_compiled_is_eager_one_graph_a_region_compiled_once(mixer, tokens):
+    torch.compiler.reset()
+    counters.clear()
+    eager, compiled = (build(mixer, n_streams=2, mix_start=0.2, sinkhorn_rounds=3) for _ in range(2))
+    compiled.compile_regions()
+    graphs = []
+    optimizers = [torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3) for model in (eager, compiled)]
+    for _ in range(4):
+        losses = [model(tokens[:, :-1], tokens[:, 1:])[1] for model in (eager, compiled)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        for loss, model, optimizer in zip(losses, (eager, compiled), optimizers):
+            optimizer.zero_grad()
+            loss.backward()
+        for (name, a), b in zip(eager.named_parameters(), compiled.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=lambda text: f"{name}: {text}")
+        for optimizer in optimizers:
+            optimizer.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2] * 4 and not counters["graph_break"]                # a block and the head, both in the first step
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens)[0], eager(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
