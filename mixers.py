@@ -181,7 +181,8 @@ def _chart(walk):
     """(rows, inverse) of a transportation chart; the walk asks `pick(lo, hi, cells)` for the mass of some cells.
 
     Forward, the mass is the point of [lo, hi] that the next logit says. Backward, the mass is known, and the logit is
-    what says it: on the interior it exists and is unique. Every choice leaves a feasible problem, so nothing is ever projected or renormalised.
+    what says it: on the interior it exists and is unique. Every choice leaves a feasible problem, so nothing is ever
+    projected or renormalised.
     """
     def rows(logits, n, *, interval_map="plain"):
         t = iter(logits)
@@ -554,7 +555,8 @@ class HyperConnection(nn.Module):
                 self.phi = nn.Parameter(torch.empty(sum(self.parts), n_streams * n_embd))   # (out, in), as in nn.Linear
                 self.alpha = nn.Parameter(torch.empty(3))                   # gates of read, write, mix
                 gate_of = torch.arange(3).repeat_interleave(torch.tensor(self.parts), output_size=sum(self.parts))
-                self.register_buffer("gate_of", (gate_of == torch.arange(3)[:, None]).float(), persistent=False)     # (3, 2n + K)
+                one_hot = (gate_of == torch.arange(3)[:, None]).float()             # (3, 2n + K)
+                self.register_buffer("gate_of", one_hot, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -573,18 +575,19 @@ class HyperConnection(nn.Module):
             self.alpha.fill_(0.01)
 
     def coefficients(self, x, square):
-        """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row (none
-        for M = I), in float32. Static: (1, 1) each, whatever x."""
-        n, spec = self.n_streams, MIXERS[self.mixer]
+        """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row
+        (none for M = I), in float32. Static: (1, 1) each, whatever x."""
         if not self.dynamic:
             return self.maps(self.bias[None, None].unbind(-1))
-        y, r = _Project.apply(x, square, self.phi)
+
+        def coefficients(y, r):
+            bounded = MIXERS[self.mixer].bounded
+            return self.maps(_Logits.apply(y, r, self.alpha, self.bias, self.gate_of, self.parts, bounded))
         # Kept for the backward are y and r; what lies between them and the coefficients is computed again.
-        return checkpoint(lambda *args: self.maps(_Logits.apply(*args)), y, r, self.alpha, self.bias, self.gate_of, self.parts, MIXERS[self.mixer].bounded,
-                          use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(coefficients, *_Project.apply(x, square, self.phi), use_reentrant=False, preserve_rng_state=False)
 
     def maps(self, planes):
-        """Planes of logits -> read, write, mix; see coefficients."""
+        """Planes of logits -> planes of read, write and mix."""
         n, spec = self.n_streams, MIXERS[self.mixer]
         read, write = planes[:n], planes[n:2 * n]
         if spec.bounded:

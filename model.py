@@ -244,6 +244,8 @@ class GPT(nn.Module):
             if theirs not in state:
                 raise ValueError(f"the GPT-2 weights have no {theirs} for {name}; does n_layer {self.config.n_layer} fit?")
             tensor = state[theirs]
+            if theirs == "wpe.weight" and len(tensor) < len(parameter):
+                raise ValueError(f"block_size {len(parameter)} is longer than the {len(tensor)} positions of the GPT-2 weights")
             if theirs.startswith("h.") and tensor.ndim == 2:
                 tensor = tensor.t()                                     # GPT-2's linear layers are stored (in, out)
             rows = min(len(tensor), len(parameter)) if name.startswith("embed.") else len(parameter)

@@ -309,7 +309,8 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
         model.compile_regions(activation_memory_budget=activation_memory_budget)
     replica = model
     if distributed:                                 # buffers are constants: nothing to broadcast at every step
-        replica = DistributedDataParallel(model, device_ids=[where.index] if where.type == "cuda" else None, broadcast_buffers=False)
+        replica = DistributedDataParallel(model, device_ids=[where.index] if where.type == "cuda" else None,
+                                          broadcast_buffers=False)
     autocast = torch.autocast(where.type, torch.bfloat16) if pick_dtype(where) == "bfloat16" else contextlib.nullcontext()
 
     def to_device(batch):

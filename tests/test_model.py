@@ -183,6 +183,9 @@ def test_gpt2_weights_that_do_not_fit_are_refused():
     weights = {"wte.weight": torch.zeros(61, 32), "wpe.weight": torch.zeros(16, 32)}
     with pytest.raises(ValueError, match=r"wte.weight has shape \(61, 24\).*\(61, 32\)"):
         build("tbp").load_gpt2(weights)
+    weights = {"wte.weight": torch.zeros(61, 24), "wpe.weight": torch.zeros(8, 24)}
+    with pytest.raises(ValueError, match="block_size 16 is longer than the 8 positions"):
+        build("tbp").load_gpt2(weights)
 
 
 @pytest.mark.parametrize("changes, says", [
