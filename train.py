@@ -310,7 +310,7 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
     replica = model
     if distributed:                                 # buffers are constants: nothing to broadcast at every step
         replica = DistributedDataParallel(model, device_ids=[where.index] if where.type == "cuda" else None,
-                                          broadcast_buffers=False)
+                                          forward_sync_buffers=False)
     autocast = torch.autocast(where.type, torch.bfloat16) if pick_dtype(where) == "bfloat16" else contextlib.nullcontext()
 
     def to_device(batch):
