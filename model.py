@@ -280,7 +280,7 @@ class GPT(nn.Module):
 
 def _keep_freed_memory():
     """On a CPU, have glibc keep what is freed for the next step, as CUDA's allocator does. It would give large blocks back
-    to the system, and the page faults of taking them again are a third of what the streams cost."""
+    to the system, and the page faults of taking them again are up to a third of what the streams cost."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):               # glibc's; others have their own ways
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)     # older ones take no more
