@@ -22,6 +22,7 @@ from functools import reduce
 from typing import Callable
 
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -411,6 +412,10 @@ def composite_gain(matrices):
 # What touches the streams. Plain torch both ways, so a compiler generates every kernel; Functions, because a derivative
 # taken by autograd keeps float32 copies of the streams and moves them through memory almost twice as often.
 
+# A sum over the streams that is left a loop can be fused with the kernel that wrote them, be n large or small; below this
+# number Inductor would read them stream by stream, in a kernel of its own. Where that is wanted we write it so.
+torch._inductor.config.unroll_reductions_threshold = 1
+
 
 class _Project(torch.autograd.Function):
     """x (B, T, n, C), its mean square (B, T), phi (K, n*C) -> y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T) in float32.
@@ -451,7 +456,7 @@ class _Logits(torch.autograd.Function):
         y, r, alpha, gate_of = ctx.saved_tensors
         g, f = torch.stack(planes), y * r if ctx.bounded else (y * r).tanh()                # (K, B, T)
         ggain, gbias = torch.stack([g * f, g]).sum((-2, -1))
-        gz = g * (alpha[:, None] * gate_of).sum(0)[:, None, None]
+        gz = g * sum((alpha[:, None] * gate_of).unbind(0))[:, None, None]
         gz = gz if ctx.bounded else gz * (1 - f * f)
         return gz * r, (gz * y).sum(0), (ggain * gate_of).sum(1), gbias, None, None, None
 
@@ -469,7 +474,7 @@ class _Read(torch.autograd.Function):
         x, a = args[:2]
         ctx.save_for_backward(x, a)
         # One product over all streams, not n: the compiler then keeps u for the backward and does not read x again.
-        return (a[..., None] * x).sum(-2).to(x.dtype)
+        return sum((a[..., None] * x).unbind(-2)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gu):
@@ -497,7 +502,7 @@ class _Write(torch.autograd.Function):
         x, v, w, M = ctx.saved_tensors
         n, shape, g_i, x_j = x.shape[-2], w.shape[:-1], g.unbind(-2), x.unbind(-2)
         gw = [(_wide(g_) * v).sum(-1).sum_to_size(shape) for g_ in g_i]
-        gv = sum(w[..., i, None] * g_i[i] for i in range(n)).to(v.dtype)
+        gv = (w[..., None] * g).sum(-2).to(v.dtype)                   # in the kernel that wrote g
         if M is None:
             return g, gv, None, None, *gw
         gx = sum(M[..., i, :, None] * g[..., None, i, :] for i in range(n)).to(x.dtype)
