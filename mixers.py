@@ -178,16 +178,18 @@ def prime_factors(n):
 # Charts: one walk over the cells serves both directions
 
 
-def _chart(walk):
+def _chart(walk, in_parallel):
     """(rows, inverse) of a transportation chart; the walk asks `pick(lo, hi, cells)` for the mass of some cells.
 
     Forward, the mass is the point of [lo, hi] that the next logit says. Backward, the mass is known, and the logit is
     what says it: on the interior it exists and is unique. Every choice leaves a feasible problem, so nothing is ever
-    projected or renormalised.
+    projected or renormalised. Beyond 8 streams, where a straight line takes too long to compile, `in_parallel` walks the
+    same cells, many at a time.
     """
     def rows(logits, n, *, interval_map="plain"):
-        t = iter(logits)
-        return walk(lambda lo, hi, cells: _point(lo, hi, next(t), interval_map), n, torch.ones_like(logits[0]))
+        if n > 8:
+            return in_parallel(torch.stack(logits), n, interval_map)
+        return walk(_picker(logits, interval_map), n, torch.ones_like(logits[0]))
 
     def inverse(M, n, *, interval_map="plain"):
         logits = []
@@ -200,6 +202,69 @@ def _chart(walk):
         walk(pick, n, torch.ones_like(M[..., 0, 0]))
         return torch.stack(logits, -1)
     return rows, inverse
+
+
+def _picker(logits, interval_map):
+    t = iter(logits)
+    return lambda lo, hi, cells: _point(lo, hi, next(t), interval_map)
+
+
+def _tbp_by_diagonals(logits, n, interval_map):
+    """`tbp` an antidiagonal at a time: its cells (i, d - i) need only what the diagonals before left over.
+
+    Of the active rows i, downwards: r, what is left of row i; c, of column d - i; right, of the columns right of that.
+    """
+    one, diagonals, last_column, last_row = torch.ones_like(logits[:1]), [], [], []
+    r, c, right = one, one, one * (n - 1)
+    for d in range(2 * n - 3):
+        top, bottom = max(0, d - n + 2), min(d, n - 2)
+        t = logits[d + top * (n - 2): d + bottom * (n - 2) + 1: n - 2]              # (bottom - top + 1, ...)
+        m = _point((r - right).relu(), torch.minimum(r, c), t, interval_map)
+        r, c = r - m, c - m
+        right = right - r
+        diagonals.append(dict(zip(range(top, bottom + 1), m.unbind(0))))
+        if d < n - 2:                                       # row and column d + 1 join
+            r, c, right = torch.cat([r, one]), torch.cat([one, c]), torch.cat([one * (n - 2 - d), right])
+        else:                                               # the first row is done, and the last column
+            last_column.append(r[0])
+            last_row.append(c[-1])
+            r, c, right = r[1:], c[:-1], right[:-1]
+    corner = one[0]
+    for rest in last_column:
+        corner = (corner - rest).relu()
+    rows = [[diagonals[i + j][i] for j in range(n - 1)] + [last_column[i]] for i in range(n - 1)]
+    return rows + [last_row + [corner]]
+
+
+def _rtbp_by_quarters(logits, n, interval_map):
+    """`rtbp` with the four blocks of a problem as one of four times the size."""
+    return _transport_by_quarters(logits, [torch.ones_like(logits[0])] * n, [torch.ones_like(logits[0])] * n, interval_map)
+
+
+def _transport_by_quarters(logits, r, c, interval_map):
+    n = len(r)
+    cells = [[]] * n                                        # forward, nobody asks which
+    if n <= 4:
+        return _transport(_picker(logits, interval_map), range(n), range(n), r, c)
+    if n % 2:
+        pick = _picker(logits, interval_map)
+        m = pick((r[-1] - sum(c[:-1])).relu(), torch.minimum(r[-1], c[-1]), [])
+        right, below = _spread(pick, c[-1] - m, r[:-1], cells), _spread(pick, r[-1] - m, c[:-1], cells)
+        inner = _transport_by_quarters(logits[2 * n - 3:], _left(r[:-1], right), _left(c[:-1], below), interval_map)
+        return [row + [last] for row, last in zip(inner, right)] + [below + [m]]
+    h = n // 2
+    R, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
+    m11 = _point((R - C2).relu(), torch.minimum(R, C1), logits[0], interval_map)
+    mass = torch.stack([m11, C1 - m11, m11, R - m11])
+    capacity = [torch.stack(planes) for planes in zip(r[:h], r[h:], c[:h], c[h:])]
+    spread, blocks = logits[1:4 * h - 3].unflatten(0, (4, h - 1)), logits[4 * h - 3:].unflatten(0, (4, (h - 1) ** 2))
+    shares = _spread(_picker(spread.unbind(1), interval_map), mass, capacity, cells)
+    a, g, u, s = zip(*(share.unbind(0) for share in shares))
+    rows = [torch.stack(planes) for planes in zip(a, _left(r[:h], a), g, _left(r[h:], g))]
+    cols = [torch.stack(planes) for planes in zip(u, s, _left(c[:h], u), _left(c[h:], s))]
+    quarters = _transport_by_quarters(blocks.transpose(0, 1), rows, cols, interval_map)
+    whole = [[plane.unbind(0) for plane in row] for row in quarters]
+    return [[planes[2 * half + side] for side in (0, 1) for planes in row] for half in (0, 1) for row in whole]
 
 
 def _point(lo, hi, t, interval_map):
@@ -316,8 +381,8 @@ MIXERS = {
     "sinkhorn": Mixer(lambda n: n * n, sinkhorn, _log_entries, exact=False),
     "permutation": Mixer(_n_permutations, permutation, _permutation_logits, _permutation_blend),
     "kronecker": Mixer(lambda n: sum(map(_n_permutations, prime_factors(n))), kronecker, _kronecker_logits, _kronecker_blend),
-    "tbp": Mixer(lambda n: (n - 1) ** 2, *_chart(tbp)),
-    "rtbp": Mixer(lambda n: (n - 1) ** 2, *_chart(rtbp)),
+    "tbp": Mixer(lambda n: (n - 1) ** 2, *_chart(tbp, _tbp_by_diagonals)),
+    "rtbp": Mixer(lambda n: (n - 1) ** 2, *_chart(rtbp, _rtbp_by_quarters)),
 }
 
 

@@ -52,7 +52,7 @@ def test_values_against_the_oracle(name, n, options):
         assert (M - M.mT).abs().max() > 1e-3, "a symmetric matrix could not tell M from its transpose"
 
 
-@pytest.mark.parametrize("name, n, options", cases(ns=(2, 3, 4, 5)))
+@pytest.mark.parametrize("name, n, options", cases(ns=(2, 3, 4, 5, 9)))
 def test_gradients_in_float64(name, n, options):
     if n_logits(name, n):
         logits = torch.randn(2, n_logits(name, n), generator=torch.Generator().manual_seed(n), dtype=torch.float64) / 2

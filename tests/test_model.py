@@ -91,6 +91,14 @@ def test_compiled_is_eager_one_graph_a_region_compiled_once(mixer, tokens):
         torch.testing.assert_close(compiled(tokens)[0], eager(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("mixer", ["tbp", "rtbp"])
+def test_sixteen_streams_compile_and_train(mixer, tokens):
+    model = build(mixer, n_streams=16)
+    model.compile_regions()
+    assert trained(model, tokens, 60) < 1.0
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_parameter_groups_partition_by_role(mixer, dynamic):
