@@ -46,15 +46,64 @@ def sinkhorn(logits, n, *, sinkhorn_rounds=20):
     Rows, over which the mixing sums, come last and are exact to rounding; columns only in the limit. The first round
     is taken in logarithms, where no row can underflow to nothing.
     """
-    L = unconstrained(logits, n)
-    log_sums = [torch.logsumexp(torch.stack(column), 0) for column in zip(*L)]
-    L = [[l - s for l, s in zip(row, log_sums)] for row in L]
-    M = [[(l - reduce(torch.maximum, row)).exp() for l in row] for row in L]
-    M = [_divided(row) for row in M]
-    for _ in range(sinkhorn_rounds - 1):
-        columns = [_divided(column) for column in zip(*M)]
-        M = [_divided(row) for row in zip(*columns)]
-    return M
+    return unconstrained(_Sinkhorn.apply(n, sinkhorn_rounds, *logits), n)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """The iteration, and its derivative half round by half round: of what autograd records a compiler makes three times as
+    many kernels. The backward takes the rounds again rather than keeping them."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.n, ctx.rounds = args[:2]
+        ctx.save_for_backward(*args[2:])
+        return tuple(_sinkhorn_rounds(args[2:], *args[:2])[1][-1][0])
+
+    @staticmethod
+    def backward(ctx, *g):
+        n = ctx.n
+        L, halves = _sinkhorn_rounds(ctx.saved_tensors, n, ctx.rounds)
+        for M, sums in reversed(halves[1:]):
+            g = _transposed([g_ / sums[k // n] for k, g_ in enumerate(_less_means(g, M, sums, n))], n)
+        g = _transposed([g_ * m for g_, m in zip(_less_means(g, *halves[0], n), halves[0][0])], n)
+        sums, L = _line_sums(g, n), _transposed(L, n)
+        return None, None, *_transposed([g_ - l.exp() * sums[k // n] for k, (g_, l) in enumerate(zip(g, L))], n)
+
+
+def _less_means(g, M, sums, n):
+    """g less its mean over each line, weighted by M: what dividing by the sums does to a gradient, but for the division."""
+    means = [torch.where(s > TINY, mean, 0) for s, mean in zip(sums, _line_sums([g_ * m for g_, m in zip(g, M)], n))]
+    return [g_ - means[k // n] for k, g_ in enumerate(g)]
+
+
+TINY = 1e-30
+
+
+def _sinkhorn_rounds(logits, n, rounds):
+    """The logits after their columns were divided, in logarithms; and of each half round from then on the planes, line by
+    line, and the sums by which they were divided. Lines are rows in the first half round, columns in the second, ..."""
+    log_sums = [torch.logsumexp(torch.stack(logits[j::n]), 0) for j in range(n)]
+    L = [l - log_sums[k % n] for k, l in enumerate(logits)]
+    peaks = [reduce(torch.maximum, L[i * n:i * n + n]) for i in range(n)]
+    M, sums = _divided_lines([(l - peaks[k // n]).exp() for k, l in enumerate(L)], n)
+    halves = [(M, sums)]
+    for _ in range(2 * (rounds - 1)):
+        M, sums = _divided_lines(_transposed(M, n), n)
+        halves.append((M, sums))
+    return L, halves
+
+
+def _line_sums(planes, n):
+    return [sum(planes[i * n:i * n + n]) for i in range(n)]
+
+
+def _divided_lines(planes, n):
+    sums = [s.clamp(min=TINY) for s in _line_sums(planes, n)]
+    return [p / sums[k // n] for k, p in enumerate(planes)], sums
+
+
+def _transposed(planes, n):
+    return [p for j in range(n) for p in planes[j::n]]
 
 
 def permutation(logits, n):
@@ -480,6 +529,8 @@ def composite_gain(matrices):
 # A sum over the streams that is left a loop can be fused with the kernel that wrote them, be n large or small; below this
 # number Inductor would read them stream by stream, in a kernel of its own. Where that is wanted we write it so.
 torch._inductor.config.unroll_reductions_threshold = 1
+# A mixer is hundreds of small operations on planes, and one kernel.
+torch._inductor.config.max_fusion_size = 1024
 
 
 class _Project(torch.autograd.Function):
