@@ -64,19 +64,16 @@ class _Sinkhorn(torch.autograd.Function):
         n = ctx.n
         L, halves = _sinkhorn_rounds(ctx.saved_tensors, n, ctx.rounds)
         for M, sums in reversed(halves[1:]):
-            g = _transposed([g_ / sums[k // n] for k, g_ in enumerate(_less_means(g, M, sums, n))], n)
-        g = _transposed([g_ * m for g_, m in zip(_less_means(g, *halves[0], n), halves[0][0])], n)
+            g = _transposed([g_ / sums[k // n] for k, g_ in enumerate(_less_means(g, M, n))], n)
+        g = _transposed([g_ * m for g_, m in zip(_less_means(g, halves[0][0], n), halves[0][0])], n)
         sums, L = _line_sums(g, n), _transposed(L, n)
         return None, None, *_transposed([g_ - l.exp() * sums[k // n] for k, (g_, l) in enumerate(zip(g, L))], n)
 
 
-def _less_means(g, M, sums, n):
+def _less_means(g, M, n):
     """g less its mean over each line, weighted by M: what dividing by the sums does to a gradient, but for the division."""
-    means = [torch.where(s > TINY, mean, 0) for s, mean in zip(sums, _line_sums([g_ * m for g_, m in zip(g, M)], n))]
+    means = _line_sums([g_ * m for g_, m in zip(g, M)], n)
     return [g_ - means[k // n] for k, g_ in enumerate(g)]
-
-
-TINY = 1e-30
 
 
 def _sinkhorn_rounds(logits, n, rounds):
@@ -98,7 +95,7 @@ def _line_sums(planes, n):
 
 
 def _divided_lines(planes, n):
-    sums = [s.clamp(min=TINY) for s in _line_sums(planes, n)]
+    sums = [s.clamp(min=1e-30) for s in _line_sums(planes, n)]
     return [p / sums[k // n] for k, p in enumerate(planes)], sums
 
 
@@ -176,9 +173,7 @@ def _transport(pick, rows, cols, r, c):
         m = pick((r[0] - c[1]).relu(), torch.minimum(r[0], c[0]), _cells(rows[:1], cols[:1]))
         return [[m, r[0] - m], [c[0] - m, (r[1] - (c[0] - m)).relu()]]
     if n % 2:                                       # the corner, the rest of its column and of its row; n - 1 is even
-        m = pick((r[-1] - sum(c[:-1])).relu(), torch.minimum(r[-1], c[-1]), _cells(rows[-1:], cols[-1:]))
-        right = _spread(pick, c[-1] - m, r[:-1], [_cells([i], cols[-1:]) for i in rows[:-1]])
-        below = _spread(pick, r[-1] - m, c[:-1], [_cells(rows[-1:], [j]) for j in cols[:-1]])
+        m, right, below = _border(pick, rows, cols, r, c)
         inner = _transport(pick, rows[:-1], cols[:-1], _left(r[:-1], right), _left(c[:-1], below))
         return [row + [last] for row, last in zip(inner, right)] + [below + [m]]
     h = n // 2
@@ -192,6 +187,14 @@ def _transport(pick, rows, cols, r, c):
     lower = (_transport(pick, rows[h:], cols[:h], g, _left(c[:h], u)),
              _transport(pick, rows[h:], cols[h:], _left(r[h:], g), _left(c[h:], s)))
     return [left + right for half in (upper, lower) for left, right in zip(*half)]
+
+
+def _border(pick, rows, cols, r, c):
+    """The last cell, and what the last column has above it and the last row before it."""
+    m = pick((r[-1] - sum(c[:-1])).relu(), torch.minimum(r[-1], c[-1]), _cells(rows[-1:], cols[-1:]))
+    right = _spread(pick, c[-1] - m, r[:-1], [_cells([i], cols[-1:]) for i in rows[:-1]])
+    below = _spread(pick, r[-1] - m, c[:-1], [_cells(rows[-1:], [j]) for j in cols[:-1]])
+    return m, right, below
 
 
 def _spread(pick, mass, capacity, parts):
@@ -292,13 +295,10 @@ def _rtbp_by_quarters(logits, n, interval_map):
 
 def _transport_by_quarters(logits, r, c, interval_map):
     n = len(r)
-    cells = [[]] * n                                        # forward, nobody asks which
     if n <= 4:
         return _transport(_picker(logits, interval_map), range(n), range(n), r, c)
     if n % 2:
-        pick = _picker(logits, interval_map)
-        m = pick((r[-1] - sum(c[:-1])).relu(), torch.minimum(r[-1], c[-1]), [])
-        right, below = _spread(pick, c[-1] - m, r[:-1], cells), _spread(pick, r[-1] - m, c[:-1], cells)
+        m, right, below = _border(_picker(logits, interval_map), range(n), range(n), r, c)
         inner = _transport_by_quarters(logits[2 * n - 3:], _left(r[:-1], right), _left(c[:-1], below), interval_map)
         return [row + [last] for row, last in zip(inner, right)] + [below + [m]]
     h = n // 2
@@ -307,7 +307,7 @@ def _transport_by_quarters(logits, r, c, interval_map):
     mass = torch.stack([m11, C1 - m11, m11, R - m11])
     capacity = [torch.stack(planes) for planes in zip(r[:h], r[h:], c[:h], c[h:])]
     spread, blocks = logits[1:4 * h - 3].unflatten(0, (4, h - 1)), logits[4 * h - 3:].unflatten(0, (4, (h - 1) ** 2))
-    shares = _spread(_picker(spread.unbind(1), interval_map), mass, capacity, cells)
+    shares = _spread(_picker(spread.unbind(1), interval_map), mass, capacity, [[]] * h)     # forward, nobody asks which cells
     a, g, u, s = zip(*(share.unbind(0) for share in shares))
     rows = [torch.stack(planes) for planes in zip(a, _left(r[:h], a), g, _left(r[h:], g))]
     cols = [torch.stack(planes) for planes in zip(u, s, _left(c[:h], u), _left(c[h:], s))]
@@ -526,8 +526,9 @@ def composite_gain(matrices):
 # What touches the streams. Plain torch both ways, so a compiler generates every kernel; Functions, because a derivative
 # taken by autograd keeps float32 copies of the streams and moves them through memory almost twice as often.
 
-# A sum over the streams that is left a loop can be fused with the kernel that wrote them, be n large or small; below this
-# number Inductor would read them stream by stream, in a kernel of its own. Where that is wanted we write it so.
+# Two settings, for the whole process. A sum over the streams that is left a loop can be fused with the kernel that wrote
+# them, be n large or small; below this number Inductor would read them stream by stream, in a kernel of its own. Where that
+# is wanted we write it so.
 torch._inductor.config.unroll_reductions_threshold = 1
 # A mixer is hundreds of small operations on planes, and one kernel.
 torch._inductor.config.max_fusion_size = 1024

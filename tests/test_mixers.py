@@ -59,6 +59,12 @@ def test_gradients_in_float64(name, n, options):
         assert torch.autograd.gradcheck(lambda t: mixing_matrix(name, t, n, **options), logits.requires_grad_())
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3])       # after 20 rounds some terms of the derivative have died away
+def test_sinkhorn_s_derivative_of_few_rounds(rounds):
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(rounds), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: mixing_matrix("sinkhorn", t, 3, sinkhorn_rounds=rounds), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_computes_in_at_least_float32(dtype):
     M = mixing_matrix("tbp", torch.randn(5, 9).to(dtype), 4)
