@@ -526,12 +526,13 @@ def composite_gain(matrices):
 # What touches the streams. Plain torch both ways, so a compiler generates every kernel; Functions, because a derivative
 # taken by autograd keeps float32 copies of the streams and moves them through memory almost twice as often.
 
-# Two settings, for the whole process. A sum over the streams that is left a loop can be fused with the kernel that wrote
+# Three settings, for the whole process. A sum over the streams that is left a loop can be fused with the kernel that wrote
 # them, be n large or small; below this number Inductor would read them stream by stream, in a kernel of its own. Where that
 # is wanted we write it so.
 torch._inductor.config.unroll_reductions_threshold = 1
-# A mixer is hundreds of small operations on planes, and one kernel.
-torch._inductor.config.max_fusion_size = 1024
+# A mixer is hundreds of small operations on planes, and one kernel; the sums over the channels for all of its gradients are
+# one loop.
+torch._inductor.config.max_fusion_size = torch._inductor.config.cpp.max_horizontal_fusion_size = 1024
 
 
 class _Project(torch.autograd.Function):
@@ -584,47 +585,52 @@ class _Logits(torch.autograd.Function):
 
 
 class _Read(torch.autograd.Function):
-    """x (B, T, n, C), a (B, T, n), its planes -> sum_j a_j x_j (B, T, C) in x's dtype."""
+    """x (B, T, n, C), a (B, T, n), M (B, T, n, n) or None for I, the planes of both -> what the branch reads, sum_j a_j x_j
+    (B, T, C) in x's dtype, and, but for I, what its result is added to, sum_j M_ij x_j (B, T, n, C) in float32.
+
+    One function for the two, so that the backward, in which both gradients are there, passes over x once for those of a and M.
+    """
 
     @staticmethod
     def forward(ctx, *args):
-        x, a = args[:2]
-        ctx.save_for_backward(x, a)
+        x, a, M = args[:3]
+        ctx.save_for_backward(x, a, M)
         # One product over all streams, not n: the compiler then keeps u for the backward and does not read x again.
-        return sum((a[..., None] * x).unbind(-2)).to(x.dtype)
+        u = sum((a[..., None] * x).unbind(-2)).to(x.dtype)
+        return u if M is None else (u, sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2])))
 
     @staticmethod
-    def backward(ctx, gu):
-        x, a = ctx.saved_tensors
-        ga = [(_wide(gu) * x_j).sum(-1).sum_to_size(a.shape[:-1]) for x_j in x.unbind(-2)]
-        return (a[..., None] * gu[..., None, :]).to(x.dtype), None, *ga
+    def backward(ctx, gu, g=None):
+        x, a, M = ctx.saved_tensors
+        shape, x_j = a.shape[:-1], x.unbind(-2)
+        gx = a[..., None] * gu[..., None, :]
+        ga = [(_wide(gu) * x_).sum(-1).sum_to_size(shape) for x_ in x_j]
+        if M is None:
+            return gx.to(x.dtype), None, None, *ga
+        gx = gx + sum(M[..., i, :, None] * g[..., None, i, :] for i in range(x.shape[-2]))
+        gM = [(g_ * x_).sum(-1).sum_to_size(shape) for g_ in g.unbind(-2) for x_ in x_j]
+        return gx.to(x.dtype), None, None, *ga, *gM
 
 
 class _Write(torch.autograd.Function):
-    """x (B, T, n, C), v (B, T, C), w (B, T, n), M (B, T, n, n) or None for I, the planes of both -> x'_i = sum_j M_ij x_j
-    + w_i v in x's dtype, and its mean square over streams and channels (B, T) in float32."""
+    """What is added to (B, T, n, C), v (B, T, C), w (B, T, n), a dtype, the planes of w -> x'_i = mixed_i + w_i v in that
+    dtype, and its mean square over streams and channels (B, T) in float32."""
 
     @staticmethod
     def forward(ctx, *args):
-        x, v, w, M = args[:4]
-        ctx.save_for_backward(x, v, w, M)
-        mixed = x if M is None else sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2]))
+        mixed, v, w, dtype = args[:4]
+        ctx.save_for_backward(v, w)
         new = mixed + w[..., None] * v[..., None, :]                                        # float32
         square = new.square().mean((-2, -1))
         ctx.mark_non_differentiable(square)
-        return new.to(x.dtype), square
+        return new.to(dtype), square
 
     @staticmethod
     def backward(ctx, g, _):
-        x, v, w, M = ctx.saved_tensors
-        n, shape, g_i, x_j = x.shape[-2], w.shape[:-1], g.unbind(-2), x.unbind(-2)
-        gw = [(_wide(g_) * v).sum(-1).sum_to_size(shape) for g_ in g_i]
+        v, w = ctx.saved_tensors
+        gw = [(_wide(g_) * v).sum(-1).sum_to_size(w.shape[:-1]) for g_ in g.unbind(-2)]
         gv = (w[..., None] * g).sum(-2).to(v.dtype)                   # in the kernel that wrote g
-        if M is None:
-            return g, gv, None, None, *gw
-        gx = sum(M[..., i, :, None] * g[..., None, i, :] for i in range(n)).to(x.dtype)
-        gM = [(_wide(g_) * x_).sum(-1).sum_to_size(shape) for g_ in g_i for x_ in x_j]
-        return gx, gv, None, None, *gw, *gM
+        return g, gv, None, None, *gw
 
 
 def _matmul(a, b):
@@ -699,14 +705,15 @@ class HyperConnection(nn.Module):
     def coefficients(self, x, square):
         """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row
         (none for M = I), in float32. Static: (1, 1) each, whatever x."""
-        if not self.dynamic:
-            return self.maps(self.bias[None, None].unbind(-1))
+        def static(bias):
+            return self.maps(bias[None, None].unbind(-1))
 
-        def coefficients(y, r):
+        def dynamic(y, r):
             bounded = MIXERS[self.mixer].bounded
             return self.maps(_Logits.apply(y, r, self.alpha, self.bias, self.gate_of, self.parts, bounded))
-        # Kept for the backward are y and r; what lies between them and the coefficients is computed again.
-        return checkpoint(coefficients, *_Project.apply(x, square, self.phi), use_reentrant=False, preserve_rng_state=False)
+        # Kept for the backward are bias, or y and r; what lies between them and the coefficients is computed again.
+        of, given = (dynamic, _Project.apply(x, square, self.phi)) if self.dynamic else (static, (self.bias,))
+        return checkpoint(of, *given, use_reentrant=False, preserve_rng_state=False)
 
     def maps(self, planes):
         """Planes of logits -> planes of read, write and mix."""
@@ -723,7 +730,7 @@ class HyperConnection(nn.Module):
 
     def forward(self, x, square, branch):
         """x (B, T, n, C), its mean_square (B, T), branch: (B, T, C) -> (B, T, C); the new x in the old one's dtype, and
-        its mean square."""
+        its mean square, or whatever was given for it where nothing depends on it (static, residual)."""
         if self.mixer == "residual":
             return x + branch(x.squeeze(2)).unsqueeze(2), square
         n, (read, write, mix) = self.n_streams, self.coefficients(x, square)
@@ -732,4 +739,6 @@ class HyperConnection(nn.Module):
         stacked = torch.stack(planes + planes[:1] * (9 - len(planes)), -1)                  # (B, T, 2n + n^2 or more)
         a, w = stacked[..., :n], stacked[..., n:2 * n]
         M = stacked[..., 2 * n:len(planes)].unflatten(-1, (n, n)) if mix else None
-        return _Write.apply(x, branch(_Read.apply(x, a, *read)), w, M, *write, *mix)
+        u, mixed = _Read.apply(x, a, M, *read, *mix) if mix else (_Read.apply(x, a, M, *read), x)
+        x, new_square = _Write.apply(mixed, branch(u), w, x.dtype, *write)
+        return x, new_square if self.dynamic else square

@@ -264,7 +264,8 @@ def test_hyper_connection_and_its_gradients_are_the_plain_formulation_s(name, dy
     def results(new):
         return new, *torch.autograd.grad((new * weight).sum(), leaves)
     new, square = hc(x, mean_square(x), branch)
-    torch.testing.assert_close(square, (new ** 2).mean((-2, -1)))
+    if dynamic:
+        torch.testing.assert_close(square, (new ** 2).mean((-2, -1)))
     for mine, plain in zip(results(new), results(plain_hyper_connection(hc, x, branch))):
         torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-10)
 
