@@ -18,7 +18,7 @@ import inspect
 import itertools
 import math
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Callable
 
 import torch
@@ -705,15 +705,16 @@ class HyperConnection(nn.Module):
     def coefficients(self, x, square):
         """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row
         (none for M = I), in float32. Static: (1, 1) each, whatever x."""
-        def static(bias):
-            return self.maps(bias[None, None].unbind(-1))
-
-        def dynamic(y, r):
+        def of_tokens(y, r):
             bounded = MIXERS[self.mixer].bounded
             return self.maps(_Logits.apply(y, r, self.alpha, self.bias, self.gate_of, self.parts, bounded))
-        # Kept for the backward are bias, or y and r; what lies between them and the coefficients is computed again.
-        of, given = (dynamic, _Project.apply(x, square, self.phi)) if self.dynamic else (static, (self.bias,))
-        return checkpoint(of, *given, use_reentrant=False, preserve_rng_state=False)
+
+        def of_layer(bias):
+            return self.maps(bias[None, None].unbind(-1))
+
+        # What lies between y and r, or bias, and the coefficients is not kept for the backward, but computed again.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return again(of_tokens, *_Project.apply(x, square, self.phi)) if self.dynamic else again(of_layer, self.bias)
 
     def maps(self, planes):
         """Planes of logits -> planes of read, write and mix."""
