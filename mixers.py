@@ -264,23 +264,26 @@ def _picker(logits, interval_map):
 def _tbp_by_diagonals(logits, n, interval_map):
     """`tbp` an antidiagonal at a time: its cells (i, d - i) need only what the diagonals before left over.
 
-    Of the active rows i, downwards: r, what is left of row i; c, of column d - i; right, of the columns right of that.
+    Of the active rows i, downwards: r, what is left of row i; c, of column d - i; right, of the columns right of that, which
+    falls from n - 1 to where 1e-7 counts: what its rounding loses is kept in `lost`.
     """
     one, diagonals, last_column, last_row = torch.ones_like(logits[:1]), [], [], []
-    r, c, right = one, one, one * (n - 1)
+    r, c, right, lost = one, one, one * (n - 1), 0 * one
     for d in range(2 * n - 3):
         top, bottom = max(0, d - n + 2), min(d, n - 2)
         t = logits[d + top * (n - 2): d + bottom * (n - 2) + 1: n - 2]              # (bottom - top + 1, ...)
-        m = _point((r - right).relu(), torch.minimum(r, c), t, interval_map)
+        m = _point((r - right - lost).relu(), torch.minimum(r, c), t, interval_map)
         r, c = r - m, c - m
-        right = right - r
+        before, right = right, right - r
+        lost = lost + (before - right - r).detach()
         diagonals.append(dict(zip(range(top, bottom + 1), m.unbind(0))))
         if d < n - 2:                                       # row and column d + 1 join
-            r, c, right = torch.cat([r, one]), torch.cat([one, c]), torch.cat([one * (n - 2 - d), right])
+            r, c = torch.cat([r, one]), torch.cat([one, c])
+            right, lost = torch.cat([one * (n - 2 - d), right]), torch.cat([0 * one, lost])
         else:                                               # the first row is done, and the last column
             last_column.append(r[0])
             last_row.append(c[-1])
-            r, c, right = r[1:], c[:-1], right[:-1]
+            r, c, right, lost = r[1:], c[:-1], right[:-1], lost[:-1]
     corner = one[0]
     for rest in last_column:
         corner = (corner - rest).relu()
