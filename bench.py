@@ -178,8 +178,8 @@ def main():
             seconds = take_turns(cases)
             for case in cases:
                 rows[case] |= speed(seconds[case], seconds[RESIDUAL], rows[case]["flops_per_token"], data_seconds)
+    print_table(list(rows.values()))            # first: what was measured is seen even where it cannot be written
     write_atomic(out, json.dumps(list(rows.values()), indent=1).encode() + b"\n")
-    print_table(list(rows.values()))
     if rounds:
         slowest = max(row["data_wait"] for row in rows.values())
         print(f"fetching a batch takes {data_seconds * 1e3:.3f} ms: the loop waits for data at most {slowest:.2%} of the time")

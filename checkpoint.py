@@ -22,8 +22,8 @@ import torch
 from data import write_atomic
 
 
-KEYS = {"model", "optimizer", "step", "best_val", "evaluated", "config", "model_config", "command", "tokenizer", "n_vocab",
-        "shards"}
+KEYS = {"model", "optimizer", "step", "best_val", "evaluated", "tallied", "tally", "config", "model_config", "command",
+        "tokenizer", "n_vocab", "shards"}
 
 
 class RunError(RuntimeError):
@@ -53,7 +53,8 @@ def save(out_dir, state, *, keep, best):
     finally:
         temporary.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
-    for old in steps(out_dir)[:-keep]:
+    whole = [there for there in steps(out_dir) if there <= path]        # later ones are damaged: the run resumed before them
+    for old in whole[:-keep]:
         old.unlink()
     return path
 

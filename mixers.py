@@ -417,18 +417,20 @@ class Mixer:
 
 def _n_permutations(n):
     if math.factorial(n) > 5040:
-        raise ValueError(f"a mixture of permutations of {n} streams needs {n}! = {math.factorial(n)} logits; the most "
-                         "is 7! = 5040. tbp and rtbp reach every doubly stochastic matrix with (n-1)^2")
+        raise ValueError(f"a mixture of permutations of {n} streams needs {n}! logits; the most is 7! = 5040. tbp and rtbp "
+                         "reach every doubly stochastic matrix with (n-1)^2")
     return math.factorial(n)
 
 
 def _no_logits(M, n):
+    if (error := (M - torch.eye(n).to(M)).abs().amax((-2, -1), keepdim=True)).gt(1e-5).any():
+        raise ValueError(f"the matrix is off by {error.max():.3g} from I, the only one without logits")
     return M.new_zeros(*M.shape[:-2], 0)
 
 
 MIXERS = {
-    "residual": Mixer(lambda n: 0, identity, _no_logits),
-    "identity": Mixer(lambda n: 0, identity, _no_logits),
+    "residual": Mixer(lambda n: 0, identity, _no_logits, lambda n, eps: torch.zeros(0)),
+    "identity": Mixer(lambda n: 0, identity, _no_logits, lambda n, eps: torch.zeros(0)),
     "hc": Mixer(lambda n: n * n, unconstrained, _entries, lambda n, eps: torch.eye(n).flatten(), exact=False, bounded=False),
     "sinkhorn": Mixer(lambda n: n * n, sinkhorn, _log_entries, exact=False),
     "permutation": Mixer(_n_permutations, permutation, _permutation_logits, _permutation_blend),
@@ -494,11 +496,13 @@ def mixing_logits(name, matrix, **options):
     n = matrix.shape[-1] if matrix.ndim else 0
     if matrix.ndim < 2 or matrix.shape[-2] != n:
         raise ValueError(f"matrices (..., n, n) are wanted, not a tensor of shape {tuple(matrix.shape)}")
-    n_logits(name, n)
+    K = n_logits(name, n)
     _check_options(name, options)
     M = matrix.detach().double()
-    if MIXERS[name].bounded and not (error := ds_error(M).max()) <= DS_TOLERANCE:        # a NaN is refused as well
+    if MIXERS[name].bounded and M.numel() and not (error := ds_error(M).max()) <= DS_TOLERANCE:      # nor a NaN
         raise ValueError(f"the matrix is not doubly stochastic: its worst entry, row or column sum is off by {error:.3g}")
+    if not M.numel():
+        return matrix.new_zeros(*matrix.shape[:-2], K)
     logits = MIXERS[name].inverse(M, n, **options)
     if not logits.isfinite().all():
         raise ValueError(f"the matrix lies on the border of the polytope (smallest entry {M.min():.3g}), which {name} reaches "
@@ -517,12 +521,13 @@ def ds_error(M):
 
 def composite_gain(matrices):
     """The largest absolute row or column sum of any product M_L ... M_l of (n, n) matrices, l <= L: how much a signal
-    can grow on its way forward or backward (the Amax gain of 2512.24880). 1 if they are all doubly stochastic."""
-    largest, products = 1.0, None
+    can grow on its way forward or backward (the Amax gain of 2512.24880). 1 if they are all doubly stochastic, or none."""
+    largest, products = torch.ones((), dtype=torch.float64), None
     for M in matrices:
         products = M[None].double() if products is None else torch.cat([M.double() @ products, M[None].double()])
-        largest = max(largest, products.abs().sum(-1).max().item(), products.abs().sum(-2).max().item())
-    return largest
+        sums = torch.cat([products.abs().sum(-1), products.abs().sum(-2)])
+        largest = torch.maximum(largest.to(sums.device), sums.max())           # a NaN stays one
+    return largest.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,7 +562,9 @@ class _Project(torch.autograd.Function):
         x, phi, r = ctx.saved_tensors
         flat, gy = x.flatten(0, 1).flatten(1), gy.to(x.dtype).flatten(1)                    # (B*T, n*C), (K, B*T)
         shrink = (gr * r * r * r / flat.shape[1]).to(x.dtype)[..., None, None]
-        return (gy.t() @ phi.to(x.dtype)).view_as(x) - x * shrink, None, _matmul(gy, flat)
+        with torch.autocast(x.device.type, enabled=False):
+            gx = gy.t() @ phi.to(x.dtype)
+        return gx.view_as(x) - x * shrink, None, _matmul(gy, flat)
 
 
 class _Logits(torch.autograd.Function):
@@ -708,16 +715,18 @@ class HyperConnection(nn.Module):
     def coefficients(self, x, square):
         """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row
         (none for M = I), in float32. Static: (1, 1) each, whatever x."""
-        def of_tokens(y, r):
-            bounded = MIXERS[self.mixer].bounded
-            return self.maps(_Logits.apply(y, r, self.alpha, self.bias, self.gate_of, self.parts, bounded))
+        def of_tokens(y, r, alpha, bias):
+            return self.maps(_Logits.apply(y, r, alpha, bias, self.gate_of, self.parts, MIXERS[self.mixer].bounded))
 
         def of_layer(bias):
             return self.maps(bias[None, None].unbind(-1))
 
-        # What lies between y and r, or bias, and the coefficients is not kept for the backward, but computed again.
+        # What lies between these arguments and the coefficients is not kept for the backward, but computed again; from the
+        # arguments alone, since by then the module may have other parameters (torch.func.functional_call).
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        return again(of_tokens, *_Project.apply(x, square, self.phi)) if self.dynamic else again(of_layer, self.bias)
+        if self.dynamic:
+            return again(of_tokens, *_Project.apply(x, square, self.phi), self.alpha, self.bias)
+        return again(of_layer, self.bias)
 
     def maps(self, planes):
         """Planes of logits -> planes of read, write and mix."""

@@ -270,9 +270,9 @@ class GPT(nn.Module):
                 caches, used = [KeyValueCache() for _ in self.blocks], 0
             x, square = self.embed(context, used)
             for block, cache in zip(self.blocks, caches):
-                x, square = block(x, square, cache)
+                x, square = block.forward(x, square, cache)     # not compiled: that would be a graph for each length
             used += context.shape[1]
-            logits = self.head(x[:, -1:], self.embed.wte.weight)[0][:, 0, :n_vocab]         # (B, V)
+            logits = self.head.forward(x[:, -1:], self.embed.wte.weight)[0][:, 0, :n_vocab]     # (B, V)
             context = sample_token(logits, temperature, top_k, top_p, generator)            # (B, 1)
             idx = torch.cat([idx, context], 1)
         return idx
@@ -308,6 +308,6 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     probabilities = logits.softmax(-1)
     if top_p is not None:
         ranked, order = probabilities.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0         # the likeliest token always stays
+        ranked[:, 1:][(ranked.cumsum(-1) - ranked)[:, 1:] >= top_p] = 0     # the likeliest token always stays
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked)
     return torch.multinomial(probabilities, 1, generator=generator)

@@ -277,8 +277,9 @@ def prepare(out, options, workers, command):
         except DataError:
             raise
         except Exception as error:  # whatever `datasets` meets: the network, a damaged file, another encoding
-            raise DataError(f"reading {options['kind']} stopped after {position['consumed']:,} documents ({error!r}); "
-                            "when that is put right, the same command continues") from error
+            raise DataError(f"reading {options['kind']} stopped after {position['consumed']:,} documents ({error!r}); when the "
+                            "cause is gone, the same command continues. Files that were changed are another data set, "
+                            "for another --out") from error
     meter.show(position["consumed"], last=True)
 
     for split in splits:

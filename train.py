@@ -113,9 +113,15 @@ def main():
 
 
 def check_counts():
-    for name in ("batch_size", "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints", "max_bad_steps"):
+    for name in ("batch_size", "block_size", "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints",
+                 "max_bad_steps"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
+    for name in ("grad_clip", "weight_decay"):
+        if config[name] < 0:
+            raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
+    if not 0 <= activation_memory_budget <= 1:
+        raise ValueError(f"activation_memory_budget must lie between 0 and 1, not {activation_memory_budget}")
 
 
 def meet(backend):
@@ -226,9 +232,12 @@ def pick_device(local_rank):
 def pick_dtype(where):
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype!r}")
-    if dtype == "auto":
-        return "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return dtype
+    best = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    chosen = best if dtype == "auto" else dtype
+    if stream_dtype == "bfloat16" != chosen:
+        raise ValueError(f"streams in bfloat16 need branches in bfloat16, and dtype is {chosen}: --dtype=bfloat16, or "
+                         "--stream_dtype=auto")
+    return chosen
 
 
 def peak_memory(where):
@@ -291,12 +300,14 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
     optimizer = torch.optim.AdamW(model.parameter_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2),
                                   fused=True)
     step, best_val, evaluated = 0, math.inf, None   # evaluated: the step of the last evaluation
+    tallied, tally = 0, [0.0] * 5                   # see the loop
     if resume_from:
         state = everywhere(lambda: checkpoint.load(resume_from))
         check_same_run(state, model_config, meta, say)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, best_val, evaluated = state["step"], state["best_val"], state["evaluated"]
+        tallied, tally = state["tallied"], state["tally"]
         say(f"resumed from {resume_from} at step {step}")
         del state                                   # a second copy of the weights and moments
     elif init_from.startswith("gpt2:"):
@@ -335,7 +346,8 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
         if rank == 0:
             checkpoint.save(out_dir, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best_val": best_val,
-                "evaluated": evaluated, "config": config, "model_config": asdict(model_config), "command": sys.argv,
+                "evaluated": evaluated, "tallied": tallied, "tally": torch.stack(
+                    [bad_in_a_row, worst, skipped, clipped, norm_max]).tolist(), "config": config, "model_config": asdict(model_config), "command": sys.argv,
                 "tokenizer": meta["tokenizer"], "n_vocab": meta["vocab_size"], "shards": fingerprint(meta)},
                 keep=keep_checkpoints, best=best)
 
@@ -350,23 +362,25 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
     flops_per_step = model.flops_per_token() * total_batch_tokens
     peak = peak_flops or next((flops for name, flops in PEAK_FLOPS.items() if where.type == "cuda" and
                                name in torch.cuda.get_device_name(where)), 0)
-    # Counted on the device: reading them would make the host wait. The last three are of the steps since the last log line.
-    bad_in_a_row, skipped, clipped, norm_max = torch.zeros(4, device=where).unbind()
-    first = logged = tallied = step                 # logged: where the clock started
+    # Counted on the device: reading them would make the host wait. All but the first are of the steps since the last line of
+    # metrics, step `tallied`; worst is the most that were bad in a row.
+    bad_in_a_row, worst, skipped, clipped, norm_max = torch.tensor(tally, device=where).unbind()
+    first = logged = step                           # logged: where the clock started
     begin, data_seconds = time.time(), 0.0
     if compile and step < max_iters:
         say("compiling: the first evaluation and the first step take a while")
     batch = to_device(blocks.batch(step, sequences, rank * batch_size, batch_size))
     while True:
-        improved = False
+        improved = late = False
         if (step % eval_interval == 0 or step >= max_iters) and evaluated != step:
             val, gain = evaluate()
             improved, best_val, evaluated = val < best_val, min(best_val, val), step
+            late = step == first and resume_from is not None    # the run was stopped before it: its checkpoint does not know it
             say(f"step {step}/{max_iters} | val {val:.4f} | composite gain {gain:.3f}")
             if rank == 0:
                 metrics.write(step=step, val=val, gain=gain)
             begin, logged, data_seconds = time.time(), step, 0.0        # log lines time steps alone
-        if step > first and (improved or step % checkpoint_interval == 0 or step >= max_iters):
+        if late or step > first and (improved or step % checkpoint_interval == 0 or step >= max_iters):
             everywhere(functools.partial(save, best=improved))
         if step >= max_iters:
             break
@@ -393,6 +407,7 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         bad = ~(loss.isfinite() & norm.isfinite())
         bad_in_a_row = (bad_in_a_row + 1) * bad
+        worst = torch.maximum(worst, bad_in_a_row)
         skipped = skipped + bad
         clipped = clipped + (~bad & (norm > (grad_clip or math.inf)))
         norm_max = torch.where(bad, norm_max, torch.maximum(norm_max, norm))
@@ -401,9 +416,12 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        if step % log_interval == 0 or step == first + 1:
-            loss_now, norm_now, bad_now, skipped_now, clipped_now, norm_max_now = torch.stack(
-                [loss, norm, bad_in_a_row, skipped, clipped, norm_max]).tolist()
+        if step == first + 1:
+            loss.item()
+            say(f"the first step, compiling included, took {time.time() - begin:.1f} s")
+        if step % log_interval == 0 or step == 1:
+            loss_now, norm_now, bad_now, worst_now, skipped_now, clipped_now, norm_max_now = torch.stack(
+                [loss, norm, bad_in_a_row, worst, skipped, clipped, norm_max]).tolist()
             seconds = (time.time() - begin) / (step - logged)
             tokens_per_second = total_batch_tokens / seconds
             mfu = flops_per_step / seconds / (peak * world_size) if peak else None
@@ -414,14 +432,14 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
                 metrics.write(step=step, loss=loss_now, norm=norm_now, norm_max=norm_max_now, lr=lr,
                               clipped=clipped_now / (step - tallied), skipped=int(skipped_now), bad=int(bad_now),
                               ms=seconds * 1e3, data_ms=data_seconds / (step - logged) * 1e3)
-            if step == first + 1:
-                say(f"the first step, compiling included, took {seconds:.1f} s")
-            if bad_now >= max_bad_steps:
+            if worst_now >= max_bad_steps:
                 raise checkpoint.RunError(
-                    f"{bad_now:.0f} steps in a row had a loss or gradient that is not finite; their updates were skipped. The "
+                    f"{worst_now:.0f} steps in a row had a loss or gradient that is not finite; their updates were skipped. The "
                     f"last good checkpoint is {checkpoint.latest(out_dir)}. Lower --learning_rate, or look at metrics.jsonl")
             begin, logged, tallied, data_seconds = time.time(), step, step, 0.0
-            skipped, clipped, norm_max = torch.zeros(3, device=where).unbind()
+            worst, skipped, clipped, norm_max = torch.zeros(4, device=where).unbind()
+        elif step == first + 1:
+            begin, logged, data_seconds = time.time(), step, 0.0        # no log line times the compilation
         if stop.agreed():
             everywhere(save)
             say(f"stopped at step {step} by a signal; go on with --init_from=resume")

@@ -63,6 +63,12 @@ def run(*command, ok=True, timeout=300, **env):
     return output
 
 
+def run_with(patch, *command, **kwargs):
+    """run(), after the statements `patch`, which change torch before the script uses it."""
+    head = "import itertools, os, runpy, signal, sys, torch\nsys.path.insert(0, os.getcwd())\ncalls = itertools.count(1)\n"
+    return run("-c", head + patch + "\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')", *command, **kwargs)
+
+
 def torchrun(processes, *command, **kwargs):
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **kwargs)
 
@@ -102,7 +108,7 @@ def same_weights(a, b):
 def assert_same_run(a, b):
     """Everything that the rest of the run depends on, to the bit."""
     a, b = load(a), load(b)
-    for key in ("step", "best_val", "evaluated", "model_config", "tokenizer", "n_vocab", "shards"):
+    for key in ("step", "best_val", "evaluated", "tallied", "tally", "model_config", "tokenizer", "n_vocab", "shards"):
         assert a[key] == b[key], key
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"] and same_weights(a, b)
 

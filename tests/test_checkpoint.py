@@ -72,6 +72,15 @@ def test_killed_between_any_two_calls_no_checkpoint_is_lost(call, count, tmp_pat
     assert names(tmp_path) == [".lock", "best.pt", "ckpt_0000003.pt"]
 
 
+def test_later_ones_that_are_damaged_do_not_count_as_the_newest(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, state(step), keep=3, best=False)
+    for step in (4, 6):
+        (tmp_path / f"ckpt_{step:07d}.pt").write_bytes(b"")
+    checkpoint.save(tmp_path, state(3), keep=1, best=False)
+    assert checkpoint.load(checkpoint.latest(tmp_path))["step"] == 3 and not (tmp_path / "ckpt_0000002.pt").exists()
+
+
 def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     """Records carry a checksum; what none covers (padding, timestamps) may change, what is loaded may not."""
     path = checkpoint.save(tmp_path, state(1, 300), keep=1, best=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import latest
-from conftest import ROOT, assert_same_run, load, records, run, same_weights, start, torchrun, wait_for, write_data_set
+from conftest import ROOT, assert_same_run, load, records, run, run_with, same_weights, start, torchrun, wait_for, write_data_set
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -99,6 +99,24 @@ def test_a_signal_finishes_the_step_and_saves(number, processes, tiny, tmp_path)
     assert load(newest)["step"] == records(tmp_path / "out")[-1]["step"] >= 20
 
 
+def test_stops_between_log_lines_and_evaluations_change_nothing(tiny, tmp_path):
+    tiny += ["--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--checkpoint_interval=100", "--log_interval=5"]
+    run(*tiny, f"--out_dir={tmp_path}/reference")
+    for calls in (4, 2, 1, 1):                  # steps 4, an evaluation's, 6, 7 and 8
+        stop = f"""
+step = torch.optim.AdamW.step
+def step_and_stop(self):
+    if next(calls) == {calls}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self)
+torch.optim.AdamW.step = step_and_stop"""
+        assert "by a signal" in run_with(stop, *tiny, "--init_from=auto")
+    run(*tiny, "--init_from=resume")
+    for name in ("best.pt", "ckpt_0000012.pt"):
+        assert_same_run(tmp_path / "reference" / name, tmp_path / "out" / name)
+    assert records(tmp_path / "out") == records(tmp_path / "reference")
+
+
 def by_hand(rank, port):
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
@@ -161,6 +179,17 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny, tmp_path):
     assert "3 steps in a row" in output and "last good checkpoint is" in output and "Lower --learning_rate" in output
     last = records(tmp_path / "out")[-1]
     assert last["bad"] == 3 and last["skipped"] == 1 and last["loss"] is None
+
+
+def test_a_row_of_bad_steps_between_two_log_lines_ends_the_run(tiny):
+    bad = """
+clip = torch.nn.utils.clip_grad_norm_
+def clip_or_nan(*arguments):
+    return clip(*arguments) * (float("nan") if next(calls) in (3, 4, 5) else 1)
+torch.nn.utils.clip_grad_norm_ = clip_or_nan"""
+    tiny += ["--max_iters=10", "--log_interval=10", "--eval_interval=1000"]
+    assert "3 steps in a row had a loss" in run_with(bad, *tiny, "--max_bad_steps=3", ok=False)
+    assert "3 not finite, skipped (0 in a row)" in run_with(bad, *tiny, "--max_bad_steps=4", "--init_from=auto")
 
 
 # train.py, but the loss that the last rank computes in its third step is not a number; at the end each rank tells its weights.

@@ -148,6 +148,7 @@ def test_sampling_filters():
     generator = torch.Generator().manual_seed(0)
     assert set(sample_token(logits, generator=generator).flatten().tolist()) == {0, 1, 2, 3, 4}
     assert set(sample_token(logits, top_k=2, generator=generator).flatten().tolist()) == {0, 1}
+    assert set(sample_token(logits, top_p=0.0, generator=generator).flatten().tolist()) == {0}
     assert set(sample_token(logits, top_p=0.7, generator=generator).flatten().tolist()) == {0, 1}      # .64 + .23
     assert set(sample_token(logits, temperature=0).flatten().tolist()) == {0}
     assert torch.equal(*(sample_token(logits, generator=torch.Generator().manual_seed(3)) for _ in range(2)))
