@@ -59,7 +59,7 @@ def test_a_new_mixer_needs_no_edit(bench, tmp_path):
     (tmp_path / "twin.py").write_text("import mixers as _mixers\n_mixers.MIXERS['twin'] = _mixers.MIXERS['tbp']\n")
     output, rows = bench(tmp_path / "twin.py", "--mode=eager", "--fresh=False", "--n_streams=8")
     assert {mixer for mixer, _ in rows} == {"plain", "twin", *MIXERS} - {"permutation"}
-    assert "permutation is left out: a mixture of permutations of 8 streams needs 8! = 40320 logits" in output
+    assert "permutation is left out: a mixture of permutations of 8 streams needs 8! logits" in output
     assert rows["twin", 1]["params"] == rows["tbp", 1]["params"] and rows["twin", 1]["peak_memory_ratio"] is None
 
 
