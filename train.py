@@ -344,12 +344,12 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
 
     def save(best=False):
         if rank == 0:
+            tally = torch.stack([bad_in_a_row, worst, skipped, clipped, norm_max]).tolist()
             checkpoint.save(out_dir, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best_val": best_val,
-                "evaluated": evaluated, "tallied": tallied, "tally": torch.stack(
-                    [bad_in_a_row, worst, skipped, clipped, norm_max]).tolist(), "config": config, "model_config": asdict(model_config), "command": sys.argv,
-                "tokenizer": meta["tokenizer"], "n_vocab": meta["vocab_size"], "shards": fingerprint(meta)},
-                keep=keep_checkpoints, best=best)
+                "evaluated": evaluated, "tallied": tallied, "tally": tally, "config": config,
+                "model_config": asdict(model_config), "command": sys.argv, "tokenizer": meta["tokenizer"],
+                "n_vocab": meta["vocab_size"], "shards": fingerprint(meta)}, keep=keep_checkpoints, best=best)
 
     def open_metrics():
         if rank == 0:

@@ -66,7 +66,8 @@ def run(*command, ok=True, timeout=300, **env):
 def run_with(patch, *command, **kwargs):
     """run(), after the statements `patch`, which change torch before the script uses it."""
     head = "import itertools, os, runpy, signal, sys, torch\nsys.path.insert(0, os.getcwd())\ncalls = itertools.count(1)\n"
-    return run("-c", head + patch + "\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')", *command, **kwargs)
+    tail = "\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    return run("-c", head + patch + tail, *command, **kwargs)
 
 
 def torchrun(processes, *command, **kwargs):
