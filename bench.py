@@ -352,8 +352,8 @@ def fetch_seconds():
     with tempfile.TemporaryDirectory() as folder:
         write_shard(os.path.join(folder, "train.bin"), np.random.default_rng(0).integers(min(vocab_size, 2**16), size=tokens))
         write_meta(folder, {"tokenizer": "bytes", "vocab_size": vocab_size, "eot_token": 0, "source": {}, "command": "bench.py",
-                            "splits": {"train": {"shards": [{"file": "train.bin", "tokens": tokens, "crc32": ""}]},
-                                       "val": {"shards": []}}})
+                            "splits": {"train": {"tokens": tokens, "shards": [{"file": "train.bin", "tokens": tokens, "crc32": ""}]},
+                                       "val": {"tokens": 0, "shards": []}}})
         blocks = TokenBlocks(folder, "train", block_size, pin_memory=where.type == "cuda")
         started = time.perf_counter()
         for step in range(n):

@@ -152,6 +152,7 @@ def read_meta(directory):
         for key in "tokenizer", "vocab_size", "eot_token", "source", "command":
             meta[key]
         for split in "train", "val":
+            meta["splits"][split]["tokens"]
             for shard in meta["splits"][split]["shards"]:
                 shard["file"], shard["tokens"], shard["crc32"]
     except (OSError, ValueError, KeyError, TypeError) as error:
