@@ -614,12 +614,12 @@ class _Read(torch.autograd.Function):
         x, a, M = ctx.saved_tensors
         shape, x_j = a.shape[:-1], x.unbind(-2)
         gx = a[..., None] * gu[..., None, :]
-        ga = [(_wide(gu) * x_).sum(-1).sum_to_size(shape) for x_ in x_j]
+        ga = [(_wide(gu) * x_).sum(-1) for x_ in x_j]
         if M is None:
-            return gx.to(x.dtype), None, None, *ga
+            return gx.to(x.dtype), None, None, *_summed_to(shape, ga)
         gx = gx + sum(M[..., i, :, None] * g[..., None, i, :] for i in range(x.shape[-2]))
-        gM = [(g_ * x_).sum(-1).sum_to_size(shape) for g_ in g.unbind(-2) for x_ in x_j]
-        return gx.to(x.dtype), None, None, *ga, *gM
+        gM = [(g_ * x_).sum(-1) for g_ in g.unbind(-2) for x_ in x_j]
+        return gx.to(x.dtype), None, None, *_summed_to(shape, ga + gM)
 
 
 class _Write(torch.autograd.Function):
@@ -638,9 +638,14 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         v, w = ctx.saved_tensors
-        gw = [(_wide(g_) * v).sum(-1).sum_to_size(w.shape[:-1]) for g_ in g.unbind(-2)]
+        gw = _summed_to(w.shape[:-1], [(_wide(g_) * v).sum(-1) for g_ in g.unbind(-2)])
         gv = (w[..., None] * g).sum(-2).to(v.dtype)                   # in the kernel that wrote g
         return g, gv, None, None, *gw
+
+
+def _summed_to(shape, planes):
+    """Planes (B, T) summed to `shape`, that of the coefficients: (B, T) or, static, (1, 1), by one sum for all of them."""
+    return planes if planes[0].shape == shape else torch.stack(planes).sum((-2, -1), keepdim=True).unbind(0)
 
 
 def _matmul(a, b):
