@@ -189,8 +189,8 @@ def main():
 def check_knobs():
     if mode not in ("compiled", "eager"):
         raise ValueError(f"mode must be compiled or eager, not {mode!r}")
-    if min(steps, warmup) < 1:
-        raise ValueError(f"steps and warmup must be at least 1, not {steps} and {warmup}")
+    if min(steps, warmup, batch_size) < 1:
+        raise ValueError(f"steps, warmup and batch_size must be at least 1, not {steps}, {warmup} and {batch_size}")
     if rounds < 0:
         raise ValueError(f"rounds must be at least 0, not {rounds}")
     if not (rounds or fresh):

@@ -106,6 +106,18 @@ def load(path):
     return state
 
 
+def restore(path, state, model, optimizer=None):
+    """Put the weights of a `load`ed state into model, and its moments into optimizer. Raises RunError if they do not fit."""
+    try:
+        model.load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path}: its weights are not those of this model.py. Check out the commit that wrote it, or begin "
+                       f"another run with --out_dir=…. {reason}") from error
+
+
 def load_tensors(path):
     """-> the dict of tensors and plain values in any torch file, on the CPU; nothing in it is executed. Raises RunError."""
     try:

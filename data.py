@@ -63,6 +63,8 @@ def write_atomic(path, *parts):
 def write_shard(path, tokens):
     """tokens: (n,) integers in [0, 65536), 1 <= n < 2**31. Raises DataError."""
     tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise DataError(f"{path}: a shard is written from integers (n,), not from {tokens.dtype} of shape {tokens.shape}")
     if not 1 <= len(tokens) < 2**31:
         raise DataError(f"{path}: a shard holds 1 to 2**31 - 1 tokens, not {len(tokens):,}; change --shard-tokens")
     if tokens.min() < 0 or tokens.max() >= 2**16:

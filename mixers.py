@@ -697,9 +697,7 @@ class HyperConnection(nn.Module):
             if self.dynamic:
                 self.phi = nn.Parameter(torch.empty(sum(self.parts), n_streams * n_embd))   # (out, in), as in nn.Linear
                 self.alpha = nn.Parameter(torch.empty(3))                   # gates of read, write, mix
-                gate_of = torch.arange(3).repeat_interleave(torch.tensor(self.parts), output_size=sum(self.parts))
-                one_hot = (gate_of == torch.arange(3)[:, None]).float()             # (3, 2n + K)
-                self.register_buffer("gate_of", one_hot, persistent=False)
+                self.register_buffer("gate_of", torch.empty(3, sum(self.parts)), persistent=False)      # one-hot
         self.reset_parameters()
 
     @torch.no_grad()
@@ -716,6 +714,8 @@ class HyperConnection(nn.Module):
         if self.dynamic:
             self.phi.zero_()
             self.alpha.fill_(0.01)
+            gates = [gate for gate, part in enumerate(self.parts) for _ in range(part)]     # of each logit
+            self.gate_of.copy_(torch.tensor(gates) == torch.arange(3)[:, None])
 
     def coefficients(self, x, square):
         """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row
@@ -743,7 +743,7 @@ class HyperConnection(nn.Module):
 
     def matrices(self, x, square):
         """M for every token of x, (B, T, n, n) in float32 (static: (1, 1, n, n)), to look at."""
-        n, mix = self.n_streams, self.coefficients(x, square)[2]
+        n, mix = self.n_streams, [] if self.mixer == "residual" else self.coefficients(x, square)[2]
         return torch.stack(mix, -1).unflatten(-1, (n, n)) if mix else torch.eye(n, device=x.device)[None, None]
 
     def forward(self, x, square, branch):

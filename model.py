@@ -10,6 +10,7 @@ mixer computes at the start what the plain one-stream model (mixer='residual') c
 """
 import ctypes
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,23 @@ class GPTConfig:
         options = {name: getattr(self, name) for name in mixer_options(self.mixer)}
         return HyperConnection(self.mixer, self.n_streams, self.n_embd, layer=layer, dynamic=self.dynamic,
                                mix_start=self.mix_start, read_start=self.read_start, **options)
+
+
+def pick_device(name, local_rank=0):
+    """The device that a script's knob means: auto is cuda, else mps, else cpu; under torchrun each process has its own GPU.
+    ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    where = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[where.type]
+    if (where.index or 0) >= there:
+        raise ValueError(f"device = {where}, but this torch ({torch.__version__}) sees {there} {where.type} devices here; use "
+                         "--device=cpu, or fewer processes")
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    return where
 
 
 class Attention(nn.Module):
@@ -156,12 +174,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def mixing_matrices(self, idx):
-        """The M of every sublayer, averaged over the tokens idx (B, T): a list of 2 n_layer (n, n). Runs eagerly."""
+        """The M of every sublayer, averaged over the tokens idx (B, T): 2 n_layer matrices (n, n). Runs eagerly."""
         (x, square), matrices = self.embed(idx), []
         for block in self.blocks:
             for hyper_connection, branch in block.sublayers():
-                if hyper_connection.mixer != "residual":
-                    matrices.append(hyper_connection.matrices(x, square).mean((0, 1)))
+                matrices.append(hyper_connection.matrices(x, square).mean((0, 1)))
                 x, square = hyper_connection(x, square, branch)
         return matrices
 

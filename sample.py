@@ -13,7 +13,7 @@ import torch
 import checkpoint as checkpoints
 from configurator import configure
 from data import get_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pick_device
 
 out_dir = "out"             # of the run
 checkpoint = "latest"       # latest, best, or a path
@@ -24,7 +24,7 @@ temperature = 0.8           # below 1 likelier, above 1 more varied; 0: always t
 top_k = 200                 # only the k likeliest tokens; 0: all
 top_p = 1.0                 # only the likeliest tokens that together hold this probability
 seed = 1337
-device = "auto"             # auto, cpu, cuda, mps
+device = "auto"             # auto, cpu, cuda, cuda:1, mps
 configure(globals())
 
 
@@ -41,10 +41,9 @@ def main():
         path = os.path.join(out_dir, "best.pt") if checkpoint == "best" else checkpoint
     state = checkpoints.load(path)
     tokenizer = get_tokenizer(state["tokenizer"])
-    where = device if device != "auto" else ("cuda" if torch.cuda.is_available() else
-                                             "mps" if torch.backends.mps.is_available() else "cpu")
+    where = pick_device(device)
     model = GPT(GPTConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    checkpoints.restore(path, state, model)
     model.to(where).eval()
     print(f"{path}: step {state['step']}, {state['model_config']['mixer']}, {state['tokenizer']} tokens", file=sys.stderr)
 

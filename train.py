@@ -34,7 +34,7 @@ import checkpoint
 from configurator import configure
 from data import DataError, TokenBlocks, verify, write_atomic
 from mixers import composite_gain
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pick_device
 
 # Run
 out_dir = "out"                     # checkpoints, metrics.jsonl and config.json go here
@@ -96,7 +96,7 @@ def main():
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     distributed = "RANK" in os.environ              # set by torchrun
     check_counts()
-    where = pick_device(local_rank)
+    where = pick_device(device, local_rank)
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False     # costs time, and nothing here reads such memory
     if distributed:
@@ -212,23 +212,6 @@ def check_same_run(saved, model_config, meta, say):
         say("changed since the checkpoint: " + ", ".join(changed.values()))
 
 
-def pick_device(local_rank):
-    """cuda, else mps, else cpu; under torchrun each process its own GPU."""
-    name = device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device = {device!r}, but this machine or this torch ({torch.__version__}) has no CUDA; "
-                             "use --device=cpu")
-        where = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.cuda.set_device(where)
-        return where
-    if name not in ("cpu", "mps"):
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {device!r}")
-    return torch.device(name)
-
-
 def pick_dtype(where):
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype!r}")
@@ -304,8 +287,7 @@ def train(rank, world_size, distributed, where, stop, everywhere, resume_from):
     if resume_from:
         state = everywhere(lambda: checkpoint.load(resume_from))
         check_same_run(state, model_config, meta, say)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(resume_from, state, model, optimizer)
         step, best_val, evaluated = state["step"], state["best_val"], state["evaluated"]
         tallied, tally = state["tallied"], state["tally"]
         say(f"resumed from {resume_from} at step {step}")

@@ -107,7 +107,7 @@ def test_refuses_a_missing_file_and_ids_outside_the_vocabulary(tmp_path):
         read_shard(tmp_path / "train_000000.bin", vocab_size=50257)
 
 
-@pytest.mark.parametrize("tokens", [[], [-1], [65536], np.array([70000])])
+@pytest.mark.parametrize("tokens", [[], [-1], [65536], np.array([70000]), [1.5], [[1, 2]], 1])
 def test_writes_only_what_fits(tmp_path, tokens):
     with pytest.raises(DataError):
         write_shard(tmp_path / "a.bin", tokens)

@@ -218,4 +218,18 @@ def test_too_long_a_sequence_is_refused(tokens):
 def test_mixing_matrices_are_one_a_sublayer(tokens):
     matrices = build("rtbp").mixing_matrices(tokens)
     assert len(matrices) == 4 and all((M.sum(0) - 1).abs().max() < 1e-6 for M in matrices)
-    assert build("residual").mixing_matrices(tokens) == []
+    assert build("residual").mixing_matrices(tokens) == [torch.ones(1, 1)] * 4
+
+
+def test_a_model_without_memory_starts_once_it_has_some():
+    with torch.device("meta"):
+        model = build("tbp")
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(math.nan)
+    usual = build("tbp")
+    for each in (model, usual):
+        torch.manual_seed(0)
+        each.init_parameters()
+    for ours, theirs in zip((*model.parameters(), *model.buffers()), (*usual.parameters(), *usual.buffers()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

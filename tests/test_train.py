@@ -97,7 +97,7 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
     (["--init_from=resume"], "no checkpoint to resume from"),
     (["--init_from=latest"], "must be scratch, resume, auto or gpt2:FILE, not 'latest'"),
     (["--init_from=gpt2:nowhere.bin"], "nowhere.bin"),
-    (["--device=cuda"], "has no CUDA"),
+    (["--device=cuda:99"], "device = cuda:99, but this torch"),
     (["--device=tpu"], "tpu"),
     (["--dtype=float8"], "not 'float8'"),
     (["--out_dir=/proc/out"], "not writable"),
@@ -114,8 +114,6 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
     (["config/tpb.py"], "no such config file"),
 ])
 def test_bad_input_is_refused_at_once(arguments, says, tiny, tmp_path):
-    if "cuda" in arguments[0] and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
     (tmp_path / "syntax_error.py").write_text("n_layer = 2\nn_head = = 2\n")
     (tmp_path / "README.txt").write_text("a file, not a folder")
     arguments = [argument.replace("syntax_error", f"{tmp_path}/syntax_error").replace("README", f"{tmp_path}/README")
@@ -212,6 +210,17 @@ def test_a_checkpoint_cannot_run_code(script, tiny, tmp_path):
     assert not (ROOT / "owned").exists()
 
 
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_checkpoint_of_another_model_is_refused(script, tiny, tmp_path):
+    run(*tiny, "--max_iters=1")
+    path = tmp_path / "out" / "ckpt_0000001.pt"
+    state = torch.load(path)
+    del state["model"]["embed.wpe.weight"]
+    torch.save(state, path)
+    command = [*tiny, "--init_from=resume"] if script == "train.py" else ["sample.py", f"--out_dir={tmp_path}/out"]
+    assert "not those of this model.py" in (says := run(*command, ok=False)) and "embed.wpe.weight" in says
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--out_dir=nowhere"], "nowhere has no checkpoint"), (["--checkpoint=no.pt"], "no.pt: no such checkpoint"),
     (["--checkpoint=notes.md"], "not a whole checkpoint"), (["--temperature=-1"], "temperature -1"),
@@ -229,5 +238,6 @@ def test_samples_from_a_file_and_repeats_with_a_seed(tiny, tmp_path):
     text = run(*command)
     assert "from a file" in text and text == run(*command) and text != run(*command, "--seed=2")
     assert "prompt2" in run(*command, f"--start=FILE:{tmp_path}/prompt2.txt", ok=False)
+    assert "device = cuda:99, but this torch" in run(*command, "--device=cuda:99", ok=False)
 
 
