@@ -51,43 +51,47 @@ def sinkhorn(logits, n, *, sinkhorn_rounds=20):
 
 class _Sinkhorn(torch.autograd.Function):
     """The iteration, and its derivative half round by half round: of what autograd records a compiler makes three times as
-    many kernels. The backward takes the rounds again rather than keeping them."""
+    many kernels.
+
+    Where lines are divided by their sums, the gradient of the logarithms loses M times its sum over the line. The backward
+    takes the rounds again and holds on to their divisors alone: with them M goes back step by step. All of the n^2 planes
+    of 2 * rounds matrices would not fit a GPU's registers.
+    """
 
     @staticmethod
     def forward(ctx, *args):
         ctx.n, ctx.rounds = args[:2]
         ctx.save_for_backward(*args[2:])
-        return tuple(_sinkhorn_rounds(args[2:], *args[:2])[1][-1][0])
+        return tuple(_sinkhorn_rounds(args[2:], *args[:2])[1])
 
     @staticmethod
     def backward(ctx, *g):
         n = ctx.n
-        L, halves = _sinkhorn_rounds(ctx.saved_tensors, n, ctx.rounds)
-        for M, sums in reversed(halves[1:]):
-            g = _transposed([g_ / sums[k // n] for k, g_ in enumerate(_less_means(g, M, n))], n)
-        g = _transposed([g_ * m for g_, m in zip(_less_means(g, halves[0][0], n), halves[0][0])], n)
-        sums, L = _line_sums(g, n), _transposed(L, n)
-        return None, None, *_transposed([g_ - l.exp() * sums[k // n] for k, (g_, l) in enumerate(zip(g, L))], n)
+        first, M, divisors = _sinkhorn_rounds(ctx.saved_tensors, n, ctx.rounds)
+        g = _before_division([g_ * m for g_, m in zip(g, M)], M, n)                # of the logarithms of M
+        for sums in reversed(divisors):
+            M = _transposed([m * sums[k // n] for k, m in enumerate(M)], n)
+            g = _before_division(_transposed(g, n), M, n)
+        return None, None, *_transposed(_before_division(_transposed(g, n), _transposed(first, n), n), n)
 
 
-def _less_means(g, M, n):
-    """g less its mean over each line, weighted by M: what dividing by the sums does to a gradient, but for the division."""
-    means = _line_sums([g_ * m for g_, m in zip(g, M)], n)
-    return [g_ - means[k // n] for k, g_ in enumerate(g)]
+def _before_division(g, M, n):
+    sums = _line_sums(g, n)
+    return [g_ - m * sums[k // n] for k, (g_, m) in enumerate(zip(g, M))]
 
 
 def _sinkhorn_rounds(logits, n, rounds):
-    """The logits after their columns were divided, in logarithms; and of each half round from then on the planes, line by
-    line, and the sums by which they were divided. Lines are rows in the first half round, columns in the second, ..."""
+    """The planes after the first half round; after the last; and the sums of the lines that each half round after the first
+    two divided by. Lines are columns in the first half round, rows in the second, ..."""
     log_sums = [torch.logsumexp(torch.stack(logits[j::n]), 0) for j in range(n)]
     L = [l - log_sums[k % n] for k, l in enumerate(logits)]
     peaks = [reduce(torch.maximum, L[i * n:i * n + n]) for i in range(n)]
-    M, sums = _divided_lines([(l - peaks[k // n]).exp() for k, l in enumerate(L)], n)
-    halves = [(M, sums)]
+    M, _ = _divided_lines([(l - peaks[k // n]).exp() for k, l in enumerate(L)], n)
+    divisors = []
     for _ in range(2 * (rounds - 1)):
         M, sums = _divided_lines(_transposed(M, n), n)
-        halves.append((M, sums))
-    return L, halves
+        divisors.append(sums)
+    return [l.exp() for l in L], M, divisors
 
 
 def _line_sums(planes, n):
