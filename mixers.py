@@ -406,17 +406,21 @@ class Mixer:
 
     n_logits(n) -> K, or ValueError where the mixer is not defined
     rows(K planes of logits, n, **options) -> n rows of n planes; no rows stand for M = I
-    inverse(M (..., n, n) in float64, n, **options) -> logits (..., K), not finite where there are none
-    start(n, eps) -> logits (K,) that training starts from; None: those of (1 - eps) I + (eps / n) 11^T
+    inverse(M (..., n, n) in float64, n, **options) -> logits (..., K), not finite where there are none; None: not known
+    start(n, eps) -> logits (K,) that training starts from; None: the inverse's of (1 - eps) I + (eps / n) 11^T
     exact: doubly stochastic to rounding at any logits
     bounded: the map bounds M by itself; otherwise HyperConnection bounds what a token adds to it by tanh
     """
     n_logits: Callable
     rows: Callable
-    inverse: Callable
+    inverse: Callable | None = None
     start: Callable | None = None
     exact: bool = True
     bounded: bool = True
+
+    def __post_init__(self):
+        if not (self.inverse or self.start):
+            raise ValueError("a Mixer needs an inverse or a start: without them nobody knows the logits that training starts from")
 
 
 def _n_permutations(n):
@@ -495,13 +499,15 @@ def mixing_logits(name, matrix, **options):
     """Logits (..., K) at which mixer `name` gives `matrix` (..., n, n); the inverse of `mixing_matrix`, in float64.
 
     ValueError for a matrix that is not doubly stochastic, lies on the border of the polytope, or that the mixer
-    cannot reach. The result has the matrix's dtype.
+    cannot reach, and for a mixer without an inverse. The result has the matrix's dtype.
     """
     n = matrix.shape[-1] if matrix.ndim else 0
     if matrix.ndim < 2 or matrix.shape[-2] != n:
         raise ValueError(f"matrices (..., n, n) are wanted, not a tensor of shape {tuple(matrix.shape)}")
     K = n_logits(name, n)
     _check_options(name, options)
+    if not MIXERS[name].inverse:
+        raise ValueError(f"{name} has no inverse in MIXERS, so its logits for a given matrix are not known")
     M = matrix.detach().double()
     if MIXERS[name].bounded and M.numel() and not (error := ds_error(M).max()) <= DS_TOLERANCE:      # nor a NaN
         raise ValueError(f"the matrix is not doubly stochastic: its worst entry, row or column sum is off by {error:.3g}")

@@ -178,8 +178,10 @@ def sequences_per_step(world_size):
     together = batch_size * world_size
     if total_batch_tokens % (together * block_size) or total_batch_tokens < together * block_size:
         nearest = max(1, round(total_batch_tokens / (together * block_size))) * together * block_size
+        smaller = [size for size in range(1, batch_size) if total_batch_tokens % (size * world_size * block_size) == 0]
         raise ValueError(f"total_batch_tokens = {total_batch_tokens:,} is no multiple of batch_size {batch_size} * block_size "
-                         f"{block_size} * {world_size} processes = {together * block_size:,}; nearest: {nearest}")
+                         f"{block_size} * {world_size} processes = {together * block_size:,}; nearest: {nearest}" +
+                         (f"; or keep it, with --batch_size={smaller[-1]}" if smaller else ""))
     return total_batch_tokens // block_size
 
 

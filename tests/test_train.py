@@ -91,6 +91,7 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
     (["--dataset=nothing"], "prepare_data.py"),
     (["--total_batch_tokens=100"], "nearest: 128"),
     (["--batch_size=3"], "is no multiple of batch_size 3"),
+    (["--batch_size=5"], "nearest: 160; or keep it, with --batch_size=4"),
     (["--block_size=5000", "--total_batch_tokens=20000"], "block_size=5000"),
     (["--eval_tokens=100000"], "choose --eval_tokens from"),
     (["--eval_tokens=1"], "choose --eval_tokens from 64"),
