@@ -54,25 +54,26 @@ class _Sinkhorn(torch.autograd.Function):
     many kernels.
 
     Where lines are divided by their sums, the gradient of the logarithms loses M times its sum over the line. The backward
-    takes the rounds again and holds on to their divisors alone: with them M goes back step by step. All of the n^2 planes
-    of 2 * rounds matrices would not fit a GPU's registers.
+    takes the rounds again and then M back, step by step, with their divisors. Stacked, these are stored between two kernels:
+    one for the rounds and the way back would hold hundreds of planes at a time, more than a GPU's registers.
     """
 
     @staticmethod
     def forward(ctx, *args):
         ctx.n, ctx.rounds = args[:2]
         ctx.save_for_backward(*args[2:])
-        return tuple(_sinkhorn_rounds(args[2:], *args[:2])[1])
+        return tuple(_sinkhorn_rounds(args[2:], *args[:2])[0])
 
     @staticmethod
     def backward(ctx, *g):
-        n = ctx.n
-        first, M, divisors = _sinkhorn_rounds(ctx.saved_tensors, n, ctx.rounds)
+        n, (M, divisors) = ctx.n, _sinkhorn_rounds(ctx.saved_tensors, ctx.n, ctx.rounds)
+        stored = torch.stack([*divisors, *g]).unbind(0)
+        divisors, g = stored[:-n * n], stored[-n * n:]
         g = _before_division([g_ * m for g_, m in zip(g, M)], M, n)                # of the logarithms of M
-        for sums in reversed(divisors):
-            M = _transposed([m * sums[k // n] for k, m in enumerate(M)], n)
+        for first in range(len(divisors) - n, -1, -n):
+            M = _transposed([m * divisors[first + k // n] for k, m in enumerate(M)], n)
             g = _before_division(_transposed(g, n), M, n)
-        return None, None, *_transposed(_before_division(_transposed(g, n), _transposed(first, n), n), n)
+        return None, None, *_transposed(g, n)
 
 
 def _before_division(g, M, n):
@@ -81,17 +82,18 @@ def _before_division(g, M, n):
 
 
 def _sinkhorn_rounds(logits, n, rounds):
-    """The planes after the first half round; after the last; and the sums of the lines that each half round after the first
-    two divided by. Lines are columns in the first half round, rows in the second, ..."""
-    log_sums = [torch.logsumexp(torch.stack(logits[j::n]), 0) for j in range(n)]
+    """The n^2 planes after all rounds, and what each half round but the first divided its n lines by, one after the other.
+    Lines are columns in the first half round, rows in the second, ..."""
+    highest = [reduce(torch.maximum, logits[j::n]) for j in range(n)]
+    log_sums = [peak + sum((l - peak).exp() for l in logits[j::n]).log() for j, peak in enumerate(highest)]
     L = [l - log_sums[k % n] for k, l in enumerate(logits)]
     peaks = [reduce(torch.maximum, L[i * n:i * n + n]) for i in range(n)]
-    M, _ = _divided_lines([(l - peaks[k // n]).exp() for k, l in enumerate(L)], n)
-    divisors = []
+    M, sums = _divided_lines([(l - peaks[k // n]).exp() for k, l in enumerate(L)], n)
+    divisors = [s * peak.exp() for s, peak in zip(sums, peaks)]
     for _ in range(2 * (rounds - 1)):
         M, sums = _divided_lines(_transposed(M, n), n)
-        divisors.append(sums)
-    return [l.exp() for l in L], M, divisors
+        divisors += sums
+    return M, divisors
 
 
 def _line_sums(planes, n):
