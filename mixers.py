@@ -584,21 +584,24 @@ class _Logits(torch.autograd.Function):
     mix, f the identity or tanh. One sum over the tokens gives the gradients of alpha and bias."""
 
     @staticmethod
-    def forward(ctx, y, r, alpha, bias, gate_of, parts, bounded):
-        ctx.bounded = bounded
-        ctx.save_for_backward(y, r, alpha, gate_of)
+    def forward(ctx, y, r, alpha, bias, parts, bounded):
+        ctx.parts, ctx.bounded = parts, bounded
+        ctx.save_for_backward(y, r, alpha)
         z = [y_k * r for y_k in y.unbind(0)]
         gain = [a for a, part in zip(alpha.unbind(0), parts) for _ in range(part)]
         return tuple(b + g * (z_k if bounded else z_k.tanh()) for z_k, g, b in zip(z, gain, bias.unbind(0)))
 
     @staticmethod
     def backward(ctx, *planes):
-        y, r, alpha, gate_of = ctx.saved_tensors
+        y, r, alpha = ctx.saved_tensors
+        read, write, _ = ctx.parts
+        k = torch.arange(len(y), device=y.device)
+        gate_of = ((k >= read).int() + (k >= read + write) == torch.arange(3, device=y.device)[:, None]).to(alpha.dtype)   # one-hot
         g, f = torch.stack(planes), y * r if ctx.bounded else (y * r).tanh()                # (K, B, T)
         ggain, gbias = torch.stack([g * f, g]).sum((-2, -1))
         gz = g * sum((alpha[:, None] * gate_of).unbind(0))[:, None, None]
         gz = gz if ctx.bounded else gz * (1 - f * f)
-        return gz * r, (gz * y).sum(0), (ggain * gate_of).sum(1), gbias, None, None, None
+        return gz * r, (gz * y).sum(0), (ggain * gate_of).sum(1), gbias, None, None
 
 
 # In these two the coefficients come twice: stacked, as numbers, and plane by plane, for their gradients to go back to.
@@ -709,7 +712,6 @@ class HyperConnection(nn.Module):
             if self.dynamic:
                 self.phi = nn.Parameter(torch.empty(sum(self.parts), n_streams * n_embd))   # (out, in), as in nn.Linear
                 self.alpha = nn.Parameter(torch.empty(3))                   # gates of read, write, mix
-                self.register_buffer("gate_of", torch.empty(3, sum(self.parts)), persistent=False)      # one-hot
         self.reset_parameters()
 
     @torch.no_grad()
@@ -726,17 +728,15 @@ class HyperConnection(nn.Module):
         if self.dynamic:
             self.phi.zero_()
             self.alpha.fill_(0.01)
-            gates = [gate for gate, part in enumerate(self.parts) for _ in range(part)]     # of each logit
-            self.gate_of.copy_(torch.tensor(gates) == torch.arange(3)[:, None])
 
     def coefficients(self, x, square):
         """x (B, T, n, C), its mean_square (B, T) -> the read's n planes (B, T), the write's n, the mix's n^2 row by row
         (none for M = I), in float32. Static: (1, 1) each, whatever x."""
         def of_tokens(y, r, alpha, bias):
-            return self.maps(_Logits.apply(y, r, alpha, bias, self.gate_of, self.parts, MIXERS[self.mixer].bounded))
+            return self.maps(_Logits.apply(y, r, alpha, bias, self.parts, MIXERS[self.mixer].bounded))
 
         def of_layer(bias):
-            return self.maps(bias[None, None].unbind(-1))
+            return self.maps(_wide(bias)[None, None].unbind(-1))
 
         # What lies between these arguments and the coefficients is not kept for the backward, but computed again; from the
         # arguments alone, since by then the module may have other parameters (torch.func.functional_call).

@@ -42,7 +42,11 @@ def main():
     state = checkpoints.load(path)
     tokenizer = get_tokenizer(state["tokenizer"])
     where = pick_device(device)
-    model = GPT(GPTConfig(**state["model_config"]))
+    try:
+        model = GPT(GPTConfig(**state["model_config"]))
+    except TypeError as error:                      # a field that this GPTConfig does not have
+        raise checkpoints.RunError(f"{path}: its model is not that of this model.py ({error}). Check out the commit that "
+                                   "wrote it") from error
     checkpoints.restore(path, state, model)
     model.to(where).eval()
     print(f"{path}: step {state['step']}, {state['model_config']['mixer']}, {state['tokenizer']} tokens", file=sys.stderr)

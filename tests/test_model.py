@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mixers import MIXERS, HyperConnection, n_logits
+from mixers import MIXERS, HyperConnection, ds_error, mean_square, n_logits
 from model import GPT, GPTConfig, sample_token
 
 SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)
@@ -219,6 +219,36 @@ def test_mixing_matrices_are_one_a_sublayer(tokens):
     matrices = build("rtbp").mixing_matrices(tokens)
     assert len(matrices) == 4 and all((M.sum(0) - 1).abs().max() < 1e-6 for M in matrices)
     assert build("residual").mixing_matrices(tokens) == [torch.ones(1, 1)] * 4
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_all_that_gradients_depend_on(mixer, assign, tokens):
+    usual = build(mixer)
+    with torch.no_grad():
+        for p in usual.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    with torch.device("meta"):
+        loaded = build(mixer)
+    if not assign:
+        loaded.to_empty(device="cpu")
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            tensor.data.fill_(math.nan)
+    loaded.load_state_dict({name: t.clone() for name, t in usual.state_dict().items()}, assign=assign)
+    for model in (usual, loaded):
+        model(tokens, tokens)[1].backward()
+    for (name, ours), theirs in zip(loaded.named_parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_coefficients_are_float32_in_a_bfloat16_model(dynamic):
+    h = HyperConnection("tbp", 4, 8, dynamic=dynamic).bfloat16()
+    torch.manual_seed(0)
+    h.bias.data.normal_()
+    x = torch.randn(1, 3, 4, 8).bfloat16()
+    M = h.matrices(x, mean_square(x))
+    assert M.dtype == torch.float32 and ds_error(M).max() < 1e-6
 
 
 def test_a_model_without_memory_starts_once_it_has_some():

@@ -222,6 +222,15 @@ def test_a_checkpoint_of_another_model_is_refused(script, tiny, tmp_path):
     assert "not those of this model.py" in (says := run(*command, ok=False)) and "embed.wpe.weight" in says
 
 
+def test_a_checkpoint_with_another_config_is_refused(tiny, tmp_path):
+    run(*tiny, "--max_iters=1")
+    state = torch.load(tmp_path / "out" / "ckpt_0000001.pt")
+    state["model_config"]["n_kv_head"] = 2
+    torch.save(state, tmp_path / "fork.pt")
+    says = run("sample.py", f"--checkpoint={tmp_path}/fork.pt", ok=False)
+    assert "RunError" in says and "n_kv_head" in says and "Traceback" not in says
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--out_dir=nowhere"], "nowhere has no checkpoint"), (["--checkpoint=no.pt"], "no.pt: no such checkpoint"),
     (["--checkpoint=notes.md"], "not a whole checkpoint"), (["--temperature=-1"], "temperature -1"),
