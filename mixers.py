@@ -751,7 +751,8 @@ class HyperConnection(nn.Module):
         read, write = planes[:n], planes[n:2 * n]
         if spec.bounded:
             read, write = [a.sigmoid() for a in read], [2 * w.sigmoid() for w in write]
-        return [*read], [*write], sum(spec.rows(planes[2 * n:], n, **self.options), [])
+        mix = sum(spec.rows(planes[2 * n:], n, **self.options), [])
+        return [*read], [*write], [m.view_as(m) for m in mix]       # a mixer may give one plane for two cells, Dynamo may not
 
     def matrices(self, x, square):
         """M for every token of x, (B, T, n, n) in float32 (static: (1, 1, n, n)), to look at."""

@@ -88,7 +88,7 @@ config = configure(globals())
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("seed", "dataset", "total_batch_tokens", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "mixer",
-         "n_streams", "dynamic", "interval_map", "sinkhorn_rounds", "stream_dtype")
+         "n_streams", "dynamic", "interval_map", "sinkhorn_rounds", "mix_start", "read_start", "stream_dtype")
 
 
 def main():
@@ -113,13 +113,15 @@ def main():
 
 
 def check_counts():
-    for name in ("batch_size", "block_size", "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints",
+    for name in ("batch_size", "block_size", "total_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints",
                  "max_bad_steps"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
-    for name in ("grad_clip", "weight_decay"):
+    for name in ("grad_clip", "weight_decay", "max_iters", "warmup_iters"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
+    if not out_dir:
+        raise ValueError("out_dir is empty; give the run a folder of its own, such as --out_dir=out/tbp")
     if not 0 <= activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget must lie between 0 and 1, not {activation_memory_budget}")
 

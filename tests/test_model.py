@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mixers import MIXERS, HyperConnection, ds_error, mean_square, n_logits
+from mixers import MIXERS, HyperConnection, Mixer, ds_error, mean_square, n_logits
 from model import GPT, GPTConfig, sample_token
 
 SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)
@@ -219,6 +219,20 @@ def test_mixing_matrices_are_one_a_sublayer(tokens):
     matrices = build("rtbp").mixing_matrices(tokens)
     assert len(matrices) == 4 and all((M.sum(0) - 1).abs().max() < 1e-6 for M in matrices)
     assert build("residual").mixing_matrices(tokens) == [torch.ones(1, 1)] * 4
+
+
+def test_a_mixer_may_give_one_plane_for_several_cells(monkeypatch, tokens):
+    def circulant(logits, n):
+        total = sum(l.exp() for l in logits)
+        shares = [l.exp() / total for l in logits]
+        return [[shares[(j - i) % n] for j in range(n)] for i in range(n)]
+    monkeypatch.setitem(MIXERS, "circulant", Mixer(lambda n: n, circulant, start=lambda n, eps: torch.eye(n)[0] * 4))
+    eager, compiled = build("circulant", n_layer=1), build("circulant", n_layer=1)
+    compiled.compile_regions()
+    for model in (eager, compiled):
+        model(tokens, tokens)[1].backward()
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
