@@ -73,6 +73,11 @@ def configure(namespace: dict, argv: list[str] | None = None, config_of: str | N
     return values
 
 
+def resolve(script: Path, argv: list[str]) -> dict:
+    """The knobs that `script` would have if it ran with `argv`, without running it. Refuses as `configure` does."""
+    return configure(_constants(script), argv)
+
+
 def _refuse(message: str) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(2)

@@ -1,0 +1,421 @@
+"""What paired runs say: from the metrics of a run to a table with its uncertainty.
+
+Results are dicts, one a run, as study.py keeps them in results/: `measure` and the run's arm, axes
+(the value of each swept knob that the arm does not set itself) and seed. Two arms are compared seed
+by seed, over the seeds that both finished. The columns of the table are means over seeds:
+
+loss            validation loss at the last step
+- residual      how much that is above residual's, with its 95 % interval (Student's t). Where the
+                interval holds 0, "within" is the largest absolute difference in it
+equal time      the same difference, with the arm's loss at the moment at which residual was done,
+                by step times and interpolated between evaluations. For a slower arm it is an upper
+                bound: a run that was planned to end there would have lowered its rate by then
+speed-up        how many times sooner than residual the arm reached the last loss of whichever of
+                the two ended higher, by step times and interpolated between evaluations
+gain            the largest composite gain at an evaluation
+
+Where learning_rate is swept, an arm stands at its best rate: the one with the lowest mean loss. A
+rate at which more runs diverged comes after one with fewer; one with fewer runs than another is
+not chosen. A run that diverged has no loss; it is counted.
+"""
+
+import csv
+import io
+import json
+import math
+import platform
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+RATE = "learning_rate"
+REFERENCES = ("residual", "identity")  # every arm is compared with these, where they are
+
+
+# ---- one run ------------------------------------------------------------------------------------
+
+
+def read_run(folder):
+    """-> the config of the run in `folder`, and its metrics, a dict a line; empty without one."""
+    config, metrics = Path(folder, "config.json"), Path(folder, "metrics.jsonl")
+    if not config.exists() or not metrics.exists():
+        return {}, []
+    lines = metrics.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # the run may be writing the last one
+    return json.loads(config.read_text()), [json.loads(line) for line in whole]
+
+
+def last_step(folder):
+    """The step at which the run in `folder` is, or was cut off; 0 without one."""
+    _, records = read_run(folder)
+    return records[-1]["step"] if records else 0
+
+
+def measure(records, total_batch_tokens, gave_up):
+    """What is kept of a run that ended. A loss that is not finite is None.
+
+    records are the lines of its metrics.jsonl; gave_up says that train.py stopped it. The step time
+    is the median over the log lines, which other work on the machine disturbs least.
+    """
+    lines, evaluations, norms = [], [], []
+    for record in records:
+        if "loss" in record:
+            lines.append(record)
+            norms.append(record["norm_max"])
+        if "val" in record:
+            finite = [norm for norm in norms if norm is not None]
+            evaluation = {key: record[key] for key in ("step", "val", "gain")}
+            evaluations.append({**evaluation, "norm_max": max(finite, default=None)})
+            norms = []
+    losses = [evaluation["val"] for evaluation in evaluations]
+    final = losses[-1] if losses and not gave_up else None
+    steps = records[-1]["step"] if records else 0
+    steady = [line["ms"] for line in lines if line["step"] > 1]  # the first step compiles
+    times = steady or [line["ms"] for line in lines]
+    return {
+        "diverged": final is None,
+        "final_loss": final,
+        "best_loss": min((loss for loss in losses if loss is not None), default=None),
+        "steps": steps,
+        "tokens": steps * total_batch_tokens,
+        "ms_per_step": statistics.median(times) if times else None,
+        "evaluations": evaluations,
+    }
+
+
+def hardware(device):
+    """The name of the GPU, else of the CPU."""
+    if torch.cuda.is_available() and device != "cpu":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+def t_probability(t, df):
+    """P(|T| < t) for Student's t with df = 1, 2 .. degrees of freedom.
+
+    Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum, in the angle atan(t / sqrt(df)).
+    """
+    angle = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
+    for k in range(3 if df % 2 else 2, df + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    return 2 / math.pi * (angle + sine * total) if df % 2 else sine * total
+
+
+def t_quantile(df, level=0.95):
+    """The t with P(|T| < t) = level, by bisection."""
+    low, high = 0.0, 1.0
+    while t_probability(high, df) < level:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, df) < level else (low, middle)
+    return high
+
+
+class Difference(NamedTuple):
+    mean: float | None  # None without a pair
+    half: float | None  # of the 95 % interval mean - half .. mean + half; None with one pair
+    n: int  # pairs
+
+    def bound(self):
+        """The largest absolute difference in the interval, or None where that leaves 0 out."""
+        if self.half is None or abs(self.mean) > self.half:
+            return None
+        return abs(self.mean) + self.half
+
+
+def interval(differences):
+    """The mean of differences, one a seed, and its 95 % interval by Student's t."""
+    n = len(differences)
+    if n < 2:
+        return Difference(differences[0] if n else None, None, n)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    return Difference(statistics.fmean(differences), t_quantile(n - 1) * error, n)
+
+
+def step_at_loss(curve, loss):
+    """The step at which a curve, [(step, loss) ..], first is at `loss`, interpolated; or None."""
+    before = None
+    for step, value in curve:
+        if value <= loss:
+            if before is None:
+                return step
+            share = (before[1] - loss) / (before[1] - value)
+            return before[0] + share * (step - before[0])
+        before = step, value
+    return None
+
+
+# ---- points of the grid -------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    arm: str
+    axes: dict  # the value of each swept knob that the arm does not set itself
+    runs: dict[int, dict]  # results by seed
+
+    def finished(self):
+        """The runs with a last loss, by seed."""
+        return {seed: run for seed, run in self.runs.items() if not run["diverged"]}
+
+    def mean(self, key):
+        """The mean of a figure over the finished runs, or None."""
+        figures = [run[key] for run in self.finished().values()]
+        return statistics.fmean(figures) if figures else None
+
+    def ms(self):
+        """The median step time of the runs in milliseconds, or None."""
+        times = [run["ms_per_step"] for run in self.runs.values() if run["ms_per_step"] is not None]
+        return statistics.median(times) if times else None
+
+    def gain(self):
+        """The largest composite gain at an evaluation, or None where one was not finite."""
+        gains = [
+            evaluation["gain"] for run in self.runs.values() for evaluation in run["evaluations"]
+        ]
+        return None if None in gains else max(gains, default=None)
+
+
+def gather(results):
+    """Results -> the points of the grid, in order of their first results."""
+    points = {}
+    for result in results:
+        key = (result["arm"], *result["axes"].items())
+        points.setdefault(key, Point(result["arm"], result["axes"], {}))
+        points[key].runs[result["seed"]] = result
+    return list(points.values())
+
+
+def place(point):
+    """Where a point stands, but for its rate: the points of one place compete for the best rate."""
+    return point.arm, tuple((knob, value) for knob, value in point.axes.items() if knob != RATE)
+
+
+def best_rates(points):
+    """Of the points that differ in the learning rate alone, the best one; in their order."""
+    groups = {}
+    for point in points:
+        groups.setdefault(place(point), []).append(point)
+
+    def order(point):
+        diverged = len(point.runs) - len(point.finished())
+        loss = point.mean("final_loss")
+        return -len(point.runs), diverged, math.inf if loss is None else loss
+
+    return [min(group, key=order) for group in groups.values()]
+
+
+def at_edge(point, points):
+    """Whether the point's rate is the lowest or the highest that its place has been run at."""
+    rates = [
+        other.axes[RATE] for other in points if place(other) == place(point) and RATE in other.axes
+    ]
+    return len(rates) > 1 and point.axes[RATE] in (min(rates), max(rates))
+
+
+def reference_of(point, name, chosen):
+    """The chosen point of the arm `name` with which `point` is compared, or None.
+
+    Its swept knobs are the point's, as far as both have them; None where that is not exactly one.
+    """
+    alike = [
+        other
+        for other in chosen
+        if other.arm == name != point.arm
+        and all(point.axes.get(k, v) == v for k, v in other.axes.items() if k != RATE)
+    ]
+    return alike[0] if len(alike) == 1 else None
+
+
+class Comparison(NamedTuple):
+    loss: Difference
+    equal_time: Difference
+    speed_up: float | None
+
+
+def mean_curve(runs):
+    """[(step, loss) ..] of some runs: the mean where all of them have an evaluation."""
+    curves = [curve(run) for run in runs]
+    common = set.intersection(*(set(dict(one)) for one in curves))
+    return [(step, statistics.fmean(dict(one)[step] for one in curves)) for step in sorted(common)]
+
+
+def curve(run):
+    """[(step, loss) ..] of a run, without the evaluations that were not finite."""
+    return [(e["step"], e["val"]) for e in run["evaluations"] if e["val"] is not None]
+
+
+def compare(point, reference):
+    """The point against the reference, over the seeds that both finished."""
+    ours, theirs = point.finished(), reference.finished()
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return Comparison(interval([]), interval([]), None)
+    slower = point.ms() / reference.ms()
+    losses, equal_time = [], []
+    for seed in seeds:
+        final = theirs[seed]["final_loss"]
+        losses.append(ours[seed]["final_loss"] - final)
+        steps, values = zip(*curve(ours[seed]))
+        equal_time.append(float(np.interp(theirs[seed]["steps"] / slower, steps, values)) - final)
+
+    our_curve, their_curve = (mean_curve([runs[seed] for seed in seeds]) for runs in (ours, theirs))
+    both_reach = max(our_curve[-1][1], their_curve[-1][1])
+    our_step, their_step = (
+        step_at_loss(our_curve, both_reach),
+        step_at_loss(their_curve, both_reach),
+    )
+    speed_up = their_step / (our_step * slower) if our_step else None
+    return Comparison(interval(losses), interval(equal_time), speed_up)
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def table_csv(results):
+    """Every point of the grid, a line each; `best` marks those that the table in words shows."""
+    points = gather(results)
+    chosen = best_rates(points)
+    rows = []
+    for point in points:
+        finished = point.finished()
+        losses = [run["final_loss"] for run in finished.values()]
+        row = {
+            "arm": point.arm,
+            **point.axes,
+            "best": point in chosen,
+            "runs": len(point.runs),
+            "diverged": len(point.runs) - len(finished),
+            "loss": point.mean("final_loss"),
+            "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
+            "best_loss": point.mean("best_loss"),
+            "ms_per_step": point.ms(),
+            "gain": point.gain(),
+            "steps": max(run["steps"] for run in point.runs.values()),
+            "tokens": max(run["tokens"] for run in point.runs.values()),
+        }
+        for name in REFERENCES:
+            reference = reference_of(point, name, chosen)
+            if reference is None:
+                continue
+            loss, equal_time, speed_up = compare(point, reference)
+            row[f"minus_{name}"], row[f"minus_{name}_half"], row[f"minus_{name}_pairs"] = loss
+            row[f"equal_time_{name}"], row[f"equal_time_{name}_half"], _ = equal_time
+            row[f"speed_up_{name}"] = speed_up
+        rows.append(row)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def table_markdown(results):
+    """The points at their best rates, as a table to read."""
+    points = gather(results)
+    chosen = best_rates(points)
+    axes = list(dict.fromkeys(knob for point in chosen for knob in point.axes))
+    names = [name for name in REFERENCES if any(point.arm == name for point in chosen)]
+    heading = ["arm", *axes, "runs", "loss", *(f"- {name}" for name in names)]
+    if "residual" in names:
+        heading += ["equal time", "speed-up"]
+    heading += ["ms a step", "gain", "diverged"]
+    lines = [heading, ["---"] * len(heading)]
+    for point in chosen:
+        against = {
+            name: compare(point, reference)
+            for name in names
+            if (reference := reference_of(point, name, chosen)) is not None
+        }
+        cells = [point.arm, *(axis_text(point, knob, points) for knob in axes)]
+        cells += [str(len(point.runs)), number(point.mean("final_loss"), ".4f")]
+        cells += [difference_text(against[n].loss) if n in against else "" for n in names]
+        if "residual" in names:
+            versus = against.get("residual")
+            cells += (
+                [difference_text(versus.equal_time), number(versus.speed_up, ".2f")]
+                if versus
+                else ["", ""]
+            )
+        diverged = len(point.runs) - len(point.finished())
+        cells += [number(point.ms(), ".0f"), number(point.gain(), ".4g"), str(diverged or "")]
+        lines.append(cells)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def axis_text(point, knob, points):
+    """The value of a swept knob; a best rate at the edge of its grid says so."""
+    if knob not in point.axes:
+        return ""
+    edge = " (edge)" if knob == RATE and at_edge(point, points) else ""
+    return f"{point.axes[knob]}{edge}"
+
+
+def difference_text(difference):
+    """-0.0571 ± 0.0105, in bold where the interval leaves 0 out, else with its bound."""
+    mean, half, n = difference
+    if n < 2:
+        return f"{mean:+.4f} (one seed)" if n else ""
+    text = f"{mean:+.4f} ± {half:.4f}"
+    bound = difference.bound()
+    if bound is None:
+        return f"**{text}**"
+    return f"{text}, within {math.ceil(bound * 1000) / 1000:.3f}"
+
+
+def number(value, form):
+    """A figure in a format; one that is not there, or was not finite, is a dash."""
+    return "-" if value is None else format(value, form)
+
+
+NOTES = """\
+Every difference is paired by seed; ± is its 95 % interval (Student's t), in bold where it leaves 0
+out; where it does not, the difference is "within" the bound that stands there, at 95 %. One
+interval in twenty misses. comparison.py defines the columns. table.csv has the whole grid. The JSON
+file of a run has its evaluations, its commit, and the command that makes it again.
+"""
+
+
+def report(study, results, planned, others):
+    """table.md of a study: the results of some of its `planned` runs, in the order of its cells.
+
+    others: files in its folder that belong to no cell of it.
+    """
+    parts = [f"# {study.name}"]
+    if study.question:
+        parts.append(f"**Question.** {study.question.strip()}")
+    if study.decision:
+        parts.append(f"**Rule of decision, written before the runs.** {study.decision.strip()}")
+    base = " ".join([*study.files, *(f"--{knob}={value}" for knob, value in study.knobs.items())])
+    parts.append(f"{len(results)} of {planned} runs are here, each of `train.py {base}`.")
+    if results:
+        seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
+        tokens = ", ".join(f"{tokens:,}" for tokens in sorted({run["tokens"] for run in results}))
+        places = sorted({provenance_text(result["provenance"]) for result in results})
+        parts.append(f"Seeds: {seeds}. Tokens of a run: {tokens}. {'; '.join(places)}.")
+        parts.append(table_markdown(results).rstrip())
+    if others:
+        parts.append(f"Not in the table, since the study has no such cell: {', '.join(others)}.")
+    parts.append(NOTES)
+    return "\n\n".join(parts)
+
+
+def provenance_text(provenance):
+    """'Commit 4e260d0 (with changes), torch 2.13.0, on an AMD EPYC'."""
+    changes = "" if provenance.get("clean", True) else " (with changes)"
+    commit = (provenance.get("commit") or "not known")[:7]
+    return f"Commit {commit}{changes}, torch {provenance.get('torch')}, on {provenance['hardware']}"

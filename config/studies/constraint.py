@@ -1,0 +1,54 @@
+# Deep and thin, where mixers differ within 1000 steps: 24 layers of 64 channels, bytes of Python's
+# sources (--dataset=NAME --name=constraint-NAME for others). About 7 minutes a run on one thread.
+# python prepare_data.py && python study.py config/studies/constraint.py --jobs=2
+question = (
+    "What does a doubly stochastic M cost against a free one, and what is it in a free M that pays?"
+)
+decision = """\
+The constraint costs something if tbp's loss minus hc's has a 95 % interval above 0 over the five
+seeds. A variant between them explains the part of the gap that it closes, if its interval against
+tbp leaves out 0: gates (hc_bounded, tbp_free, identity_free), one number a sublayer or a stream
+beside an exact M (tbp_scale, tbp_stream_scale, diagonal), sums of rows or of columns alone (rows,
+columns), signs (orthogonal). A mixer helps at all only if it is below residual_wide, which has as
+many parameters as tbp. Intervals that hold 0 are reported with their bound, not as "the same"."""
+
+files = ["config/laptop.py"]
+knobs = {
+    "n_layer": 24,
+    "n_head": 2,
+    "n_embd": 64,
+    "max_iters": 1000,
+    "lr_decay_iters": 1000,
+    "learning_rate": 2e-3,
+    "min_lr": 2e-4,
+    "eval_interval": 250,
+    "checkpoint_interval": 500,
+}
+seeds = 5
+
+# residual_wide: a dynamic connection of n = 4 streams of C = 64 channels makes 4 + 4 + 9 numbers
+# (read, write, logits of tbp), each from 4 * 64 channels and a bias, and has 3 gates
+_connection = (4 + 4 + 9) * (4 * 64 + 1) + 3  # 4,372 parameters, twice a layer
+_n_mlp = 4 * 64 + round(2 * _connection / (2 * 64))  # a hidden unit has 2 * 64 weights: 324
+
+# The most telling arms come first: a study that is cut short has them.
+arms = {
+    "residual": {"mixer": "residual", "n_streams": 1},
+    "hc": {"mixer": "hc"},
+    "tbp": {"mixer": "tbp"},
+    "identity": {"mixer": "identity"},
+    "hc_bounded": {"mixer": "hc", "gates": "bounded"},
+    "tbp_free": {"mixer": "tbp", "gates": "free"},
+    "tbp_scale": {"mixer": "tbp", "mix_scale": "sublayer"},
+    "diagonal": {"mixer": "identity", "mix_scale": "stream"},
+    "rows": {"mixer": "rows"},
+    "columns": {"mixer": "columns"},
+    "orthogonal": {"mixer": "orthogonal"},
+    "identity_free": {"mixer": "identity", "gates": "free"},
+    "tbp_stream_scale": {"mixer": "tbp", "mix_scale": "stream"},
+    "residual_wide": {"mixer": "residual", "n_streams": 1, "n_mlp": _n_mlp},
+    "sinkhorn": {"mixer": "sinkhorn"},
+    "permutation": {"mixer": "permutation"},
+    "kronecker": {"mixer": "kronecker"},
+    "rtbp": {"mixer": "rtbp"},
+}

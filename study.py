@@ -1,0 +1,470 @@
+"""An ablation: a grid of training runs with paired seeds, and the table of what they say.
+
+    python study.py config/laptop.py --mixers=all --seeds=5              # every mixer
+    python study.py config/laptop.py --mixers=residual,tbp --sweep learning_rate=1e-3,2e-3,4e-3
+    python study.py config/studies/mixers.py --jobs=2                    # a study, two runs at once
+    python study.py config/studies/mixers.py --arms=residual,tbp --seeds=1   # a part of it
+    python study.py config/studies/mixers.py --list                      # the cells, their state
+    python study.py config/studies/mixers.py --table                     # the table alone
+    python study.py config/studies/mixers.py --cell=tbp/seed1            # again: the same loss?
+
+A study is a file with a question, a rule of decision and a grid; config files of train.py with
+--mixers are one too. A cell of the grid is one run: an arm (a name for some knobs), one value of
+every swept knob, a seed. The runs of a seed have the same initial weights and see the same batches,
+so arms are compared seed by seed. The same command again skips what is finished and continues what
+was cut off. Ctrl-C or SIGTERM lets every run write a checkpoint.
+
+Every other --knob=value is train.py's, in all cells. An arm that sets a swept knob itself keeps its
+own value. Where learning_rate is swept, min_lr moves with it, in proportion. A run of other knobs
+is never taken for a cell's: the command is refused.
+
+    out/studies/NAME/CELL/           checkpoints, metrics and log of a run
+    results/NAME/CELL.json           what is kept of it, a few kB: losses, step time, commit, knobs
+    results/NAME/table.md and .csv   what the runs say so far (comparison.py), after each run
+"""
+
+import argparse
+import ast
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import comparison
+from configurator import resolve
+from data import DataError, write_atomic
+from mixers import MIXERS
+
+TRAIN = Path(__file__).with_name("train.py")
+IGNORED = ("out_dir", "init_from", "data_dir")  # knobs that do not change what a run computes
+
+
+class StudyError(ValueError):
+    """What the user can put right; the message says how."""
+
+
+# ---- the grid -----------------------------------------------------------------------------------
+
+
+class Study(NamedTuple):
+    name: str
+    question: str
+    decision: str  # the rule by which the runs answer the question, written before they start
+    files: list[str]  # config files of train.py
+    knobs: dict  # of every run, after the files
+    arms: dict[str, dict]  # the knobs of each arm, by its name
+    seeds: list[int]
+    sweep: dict[str, list]  # the values of each swept knob
+
+
+class Cell(NamedTuple):
+    name: str  # tbp/learning_rate=0.002/seed1
+    arm: str
+    axes: dict  # one value of each swept knob that the arm does not set itself
+    seed: int
+    arguments: list[str]  # what follows train.py, but for the folder
+    folder: Path  # of the run's checkpoints, metrics and log
+    result: Path  # what is kept of it
+
+
+def read_study(path):
+    """The study in the file at `path`; its seeds are a list, or 5 for 1 to 5. Raises StudyError."""
+    scope = {"__name__": "study", "__file__": str(path)}
+    exec(compile(Path(path).read_bytes(), str(path), "exec"), scope)
+    given = {name: value for name, value in scope.items() if not name.startswith("_")}
+    missing = {"question", "decision", "files", "arms", "seeds"} - given.keys()
+    unknown = given.keys() - set(Study._fields)
+    if missing or unknown:
+        raise StudyError(
+            f"{path} lacks {', '.join(sorted(missing)) or 'nothing'}, and has what no study has: "
+            f"{', '.join(sorted(unknown)) or 'nothing'}. A study has {', '.join(Study._fields)}; "
+            "a name of the file's own starts with _"
+        )
+    if isinstance(given["seeds"], int):
+        given["seeds"] = list(range(1, given["seeds"] + 1))
+    return Study(**{"name": Path(path).stem, "knobs": {}, "sweep": {}, **given})
+
+
+def is_study(path):
+    """Whether the file at `path` has arms, as no config file of train.py does."""
+    return any(line.startswith("arms = ") for line in Path(path).read_text().splitlines())
+
+
+def cells(study, options):
+    """The cells in the order of their runs: every arm with the first seed, then with the second."""
+    found = {}
+    for seed in study.seeds:
+        for values in itertools.product(*study.sweep.values()):
+            for arm, own in study.arms.items():
+                axes = dict(zip(study.sweep, values))
+                axes = {knob: value for knob, value in axes.items() if knob not in own}
+                words = [f"{knob}={value}" for knob, value in axes.items()]
+                name = "/".join([arm, *words, f"seed{seed}"])
+                if name in found:  # an arm that sets a swept knob itself stands once
+                    continue
+                knobs = {**study.knobs, **axes, **own, "seed": seed}
+                if "learning_rate" in axes and "min_lr" not in {**axes, **own}:
+                    knobs["min_lr"] = min_lr_at(study, axes["learning_rate"])
+                folder = Path(options.out, study.name, name)
+                result = Path(options.results, study.name, name + ".json")
+                found[name] = Cell(name, arm, axes, seed, arguments(study, knobs), folder, result)
+    return list(found.values())
+
+
+def arguments(study, knobs):
+    """What follows train.py on its command line."""
+    return [*study.files, *(f"--{knob}={value}" for knob, value in knobs.items())]
+
+
+def min_lr_at(study, learning_rate):
+    """The min_lr that is to a swept learning_rate what the study's own two are to each other."""
+    own = resolve(TRAIN, arguments(study, study.knobs))
+    return float(f"{own['min_lr'] / own['learning_rate'] * learning_rate:.6g}")
+
+
+def command(cell, options):
+    """The command line of a cell, as a person types it."""
+    launcher = ["python"]
+    if options.processes > 1:
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={options.processes}"]
+    words = [*launcher, TRAIN.name, *cell.arguments, f"--out_dir={cell.folder}"]
+    return f"OMP_NUM_THREADS={options.threads} {shlex.join(words)}"
+
+
+# ---- what there is of a cell --------------------------------------------------------------------
+
+
+def check_same(cell, knobs, where):
+    """Raises StudyError unless the run at `where`, which had `knobs`, is one of this cell.
+
+    A knob that train.py did not have when the run started has to stand at its default.
+    """
+    now, then = resolve(TRAIN, cell.arguments), {**resolve(TRAIN, []), **knobs}
+    changed = [
+        f"{knob}: {then[knob]!r} -> {value!r}"
+        for knob, value in now.items()
+        if knob not in IGNORED and then[knob] != value
+    ]
+    if changed:
+        raise StudyError(
+            f"{where} is a run of other knobs than {cell.name} has now ({', '.join(changed)}). "
+            "Give this study another --name=…, or move what is there"
+        )
+
+
+def result_of(cell):
+    """The cell's file in results/, or None. Raises StudyError if it is of other knobs."""
+    if not cell.result.exists():
+        return None
+    try:
+        result = json.loads(cell.result.read_text())
+    except ValueError as error:
+        raise StudyError(
+            f"{cell.result} is damaged ({error}); without it the cell runs again"
+        ) from error
+    check_same(cell, result["knobs"], cell.result)
+    return result
+
+
+def state(cell):
+    """Of a cell, in words. Raises StudyError for a run of other knobs."""
+    if result := result_of(cell):
+        return "diverged" if result["diverged"] else f"loss {result['final_loss']:.4f}"
+    step = comparison.last_step(cell.folder)
+    return f"at step {step}" if step else "not begun"
+
+
+def keep_result(cell, options, gave_up):
+    """Write the cell's file in results/ from its run; -> its content."""
+    config, records = comparison.read_run(cell.folder)
+    provenance = config.pop("provenance", {})
+    result = {
+        "arm": cell.arm,
+        "axes": cell.axes,
+        "seed": cell.seed,
+        "command": command(cell, options),
+        "provenance": {**provenance, "hardware": comparison.hardware(config["device"])},
+        **comparison.measure(records, config["total_batch_tokens"], gave_up),
+        "knobs": config,
+    }
+    cell.result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(cell.result, json.dumps(result, indent=1).encode())
+    return result
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    cell: Cell
+    begun: int  # the step from which it goes on
+    steps: int  # the step at which it ends
+    process: subprocess.Popen | None = None  # once it has started
+
+    def share(self, step):
+        """What it has done at `step`, as a part of a whole run."""
+        return max(0, step - self.begun) / max(1, self.steps)
+
+
+def planned(cell):
+    """The cell's run, not started yet. Refuses knobs that train.py has not, or that changed."""
+    steps = resolve(TRAIN, cell.arguments)["max_iters"]
+    config, _ = comparison.read_run(cell.folder)
+    if config:
+        check_same(cell, config, cell.folder)
+    return Run(cell, comparison.last_step(cell.folder), steps)
+
+
+def start(run, options, slot):
+    """Start a run in the background, in slot 0, 1 .. of the machine; -> it, with its process."""
+    cell, launcher = run.cell, []
+    if options.processes > 1:
+        processes = f"--nproc_per_node={options.processes}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", processes]
+    words = [sys.executable, *launcher, str(TRAIN), *cell.arguments]
+    words += [f"--out_dir={cell.folder}", "--init_from=auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    if count := torch.cuda.device_count():
+        everything = ",".join(str(device) for device in range(count))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",")
+        places = range(slot * options.processes, (slot + 1) * options.processes)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place % count] for place in places)
+    say(f"{cell.name}: from step {run.begun}: {command(cell, options)}")
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with open(cell.folder / "log.txt", "ab") as log:
+        # in a session of its own: Ctrl-C reaches this process alone, which tells the runs
+        streams = {"stdout": log, "stderr": log}
+        process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
+    return run._replace(process=process)
+
+
+def settle(run, options, stopping):
+    """Keep the result of a run that ended; -> it in words. Raises StudyError if the run failed."""
+    config, records = comparison.read_run(run.cell.folder)
+    step, failed = comparison.last_step(run.cell.folder), run.process.returncode != 0
+    skipped = max((record.get("skipped", 0) for record in records), default=0)
+    gave_up = failed and records and skipped >= config["max_bad_steps"]
+    if gave_up or (not failed and step >= run.steps):
+        result = keep_result(run.cell, options, bool(gave_up))
+        if result["diverged"]:
+            return f"diverged, at step {step}"
+        return f"loss {result['final_loss']:.4f}, {result['ms_per_step']:.0f} ms a step"
+    if stopping or not failed:
+        return f"cut off at step {step} of {run.steps}"
+    log = run.cell.folder / "log.txt"
+    end = "\n    ".join(log.read_text(errors="replace").splitlines()[-5:])
+    raise StudyError(f"failed; {log} ends with\n    {end}")
+
+
+def run_grid(study, todo, options):
+    """Run the cells `todo`, options.jobs at a time; -> the names of those that failed.
+
+    SIGTERM or Ctrl-C lets every run write a checkpoint, and ends it.
+    """
+    signals, running, failed = [], {}, []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: signals.append(True))
+    waiting = [planned(cell) for cell in todo]
+    total = sum(run.share(run.steps) for run in waiting)
+    stopping, ended, clock = False, 0.0, time.time()
+
+    while running or (waiting and not stopping):
+        if signals and not stopping:
+            stopping = True
+            say("stopping: every run is asked for a checkpoint; the same command goes on from it")
+            for run in running.values():
+                run.process.terminate()
+        for slot in range(options.jobs):
+            if slot not in running and waiting and not stopping:
+                running[slot] = start(waiting.pop(0), options, slot)
+        time.sleep(0.5)
+
+        for slot, run in list(running.items()):
+            if run.process.poll() is None:
+                continue
+            del running[slot]
+            try:
+                outcome = settle(run, options, stopping)
+            except StudyError as error:
+                outcome = str(error)
+                failed.append(run.cell.name)
+            ended += run.share(run.steps)
+            done = ended + sum(
+                other.share(comparison.last_step(other.cell.folder)) for other in running.values()
+            )
+            minutes = round((time.time() - clock) * (total - done) / done / 60) if done else 0
+            say(
+                f"{run.cell.name}: {outcome} | {len(waiting) + len(running)} runs left, "
+                f"about {minutes // 60} h {minutes % 60:02} min"
+            )
+            write_table(study, options)
+    return failed
+
+
+def run_again(study, cell, options):
+    """Run a finished cell anew, elsewhere. Raises StudyError unless all its losses are the same."""
+    first = result_of(cell)
+    if first is None:
+        raise StudyError(f"{cell.name} has no result yet that a second run could be compared with")
+    tries = (Path(f"{cell.folder}-again{number}") for number in itertools.count(1))
+    folder = next(folder for folder in tries if not folder.exists())
+    again = cell._replace(folder=folder, result=folder / "result.json")
+    run_grid(study, [again], options)
+    second = result_of(again)
+    if second is None:
+        raise StudyError(f"{cell.name} was not run to its end; see {folder}/log.txt")
+    for one, other in zip(first["evaluations"], second["evaluations"]):
+        if one["val"] != other["val"]:
+            raise StudyError(
+                f"not the same loss: at step {one['step']} {one['val']} then, {other['val']} now. "
+                f"Then: {first['provenance']}. Now: {second['provenance']}"
+            )
+    count = len(second["evaluations"])
+    say(f"the same loss at all {count} evaluations, the last is {second['final_loss']}")
+
+
+def write_table(study, options):
+    """Write table.md and table.csv from what results/ has of the study; -> the text of table.md."""
+    folder, plan = Path(options.results, study.name), cells(study, options)
+    results = [result for cell in plan if (result := result_of(cell))]
+    others = sorted(map(str, set(folder.rglob("*.json")) - {cell.result for cell in plan}))
+    text = comparison.report(study, results, len(plan), others)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "table.md", text.encode())
+    write_atomic(folder / "table.csv", comparison.table_csv(results).encode())
+    return text
+
+
+def say(text):
+    print(text, flush=True)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def parse_command_line():
+    """-> the options, and what is train.py's: {knob: text}."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("files", nargs="+", help="a study (config/studies/*.py), or config files of train.py")
+    add("--arms", "--mixers", default="all", help="some, with commas between")
+    add("--seeds", help="5 for 1 to 5; 2,3 or 2, for these (default: a study's, else 5)")
+    add("--sweep", action="append", default=[], metavar="KNOB=VALUES", help="an axis, or its part")
+    add("--name", help="of the two folders (default: the last file's)")
+    add(
+        "--jobs", type=int, default=1, help="runs at once, each on GPUs of its own if there are any"
+    )
+    add("--threads", type=int, default=1, help="of each process")
+    add("--processes", type=int, default=1, help="of each run, under torchrun")
+    add("--list", action="store_true", help="show the cells and their state; run nothing")
+    add("--dry_run", action="store_true", help="show the commands; run nothing")
+    add("--table", action="store_true", help="write the table; run nothing")
+    add("--cell", help="run a finished one again, elsewhere, and compare the losses")
+    add("--results", default="results", help="folder of what is kept")
+    add("--out", default="out/studies", help="folder of checkpoints and logs")
+    options, rest = parser.parse_known_args()
+    for name in ("jobs", "threads", "processes"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    for word in rest:
+        if not word.startswith("--") or "=" not in word:
+            parser.error(f"{word}: write files first, then --knob=value in one word")
+    return options, dict(word[2:].split("=", 1) for word in rest)
+
+
+def parse_values(text):
+    """'7e-4,True,english' -> [0.0007, True, 'english']."""
+    values = []
+    for word in filter(None, text.split(",")):
+        try:
+            values.append(ast.literal_eval(word))
+        except (ValueError, SyntaxError):
+            values.append(word)
+    return values
+
+
+def choose(what, wanted, there):
+    """The `wanted` ones of `there` in its order; None: all. Raises StudyError if one is not."""
+    if missing := [str(one) for one in wanted or [] if one not in there]:
+        there = ", ".join(map(str, there))
+        raise StudyError(f"there is no {what} {', '.join(missing)}; there are {there or 'none'}")
+    return [one for one in there if wanted is None or one in wanted]
+
+
+def read_command_line():
+    """-> the options, the study, and the part of it that this call is about."""
+    options, knobs = parse_command_line()
+    names = None if options.arms == "all" else options.arms.split(",")
+    seeds = parse_values(options.seeds) if options.seeds else None
+    if seeds and "," not in options.seeds:
+        seeds = list(range(1, seeds[0] + 1))
+    axes = [axis.partition("=")[::2] for axis in options.sweep]
+    sweep = {knob: parse_values(values) for knob, values in axes}
+
+    if not any(is_study(path) for path in options.files):
+        arms = {name: {"mixer": name} for name in choose("mixer", names, MIXERS)}
+        if "residual" in arms:
+            arms["residual"]["n_streams"] = 1
+        name = options.name or Path(options.files[-1]).stem
+        seeds = seeds or [1, 2, 3, 4, 5]
+        study = Study(name, "", "", options.files, knobs, arms, seeds, sweep)
+        return options, study, study
+
+    if len(options.files) > 1:
+        raise StudyError(f"a study stands alone, not among {', '.join(options.files)}")
+    study = read_study(options.files[0])
+    study = study._replace(name=options.name or study.name, knobs={**study.knobs, **knobs})
+    arms = {name: study.arms[name] for name in choose("arm", names, study.arms)}
+    parts = {
+        knob: choose(f"value of {knob}", sweep.get(knob), values)
+        for knob, values in study.sweep.items()
+    }
+    choose("axis", list(sweep), study.sweep)
+    part = study._replace(arms=arms, seeds=choose("seed", seeds, study.seeds), sweep=parts)
+    return options, study, part
+
+
+def main():
+    options, study, part = read_command_line()
+    if options.cell:
+        by_name = {cell.name: cell for cell in cells(study, options)}
+        (name,) = choose("cell", [options.cell], by_name)
+        return run_again(study, by_name[name], options)
+
+    wanted = cells(part, options)
+    if options.list:
+        for cell in wanted:
+            say(f"{cell.name}: {state(cell)}")
+        return
+    todo = [cell for cell in wanted if result_of(cell) is None]
+    if options.dry_run:
+        for cell in todo:
+            say(command(cell, options))
+        return
+
+    failed = []
+    if not options.table:
+        say(f"{len(wanted) - len(todo)} of {len(wanted)} runs are finished, {len(todo)} to do")
+        failed = run_grid(study, todo, options)
+    say(write_table(study, options))
+    if failed:
+        raise StudyError(f"{len(failed)} runs failed, as said above: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (StudyError, DataError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
