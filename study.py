@@ -250,8 +250,8 @@ def settle(run, options, stopping):
     """Keep the result of a run that ended; -> it in words. Raises StudyError if the run failed."""
     config, records = comparison.read_run(run.cell.folder)
     step, failed = comparison.last_step(run.cell.folder), run.process.returncode != 0
-    skipped = max((record.get("skipped", 0) for record in records), default=0)
-    gave_up = failed and records and skipped >= config["max_bad_steps"]
+    skipped = [record["skipped"] for record in records if "skipped" in record]  # by log line
+    gave_up = failed and skipped and skipped[-1] and sum(skipped) >= config["max_bad_steps"]
     if gave_up or (not failed and step >= run.steps):
         result = keep_result(run.cell, options, bool(gave_up))
         if result["diverged"]:

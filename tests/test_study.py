@@ -1,0 +1,341 @@
+"""study.py, with runs of four steps that really go through train.py."""
+
+import csv
+import functools
+import json
+import os
+import shlex
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+from conftest import ROOT, TINY, records, run, run_with
+
+import study
+from configurator import resolve
+from mixers import MIXERS
+
+STUDIES = sorted((ROOT / "config" / "studies").glob("*.py"))
+
+SOURCE = """
+question = "Does it run?"
+decision = "It does if there is a table."
+files = []
+knobs = {knobs}
+arms = {{"residual": {{"mixer": "residual", "n_streams": 1}}, "identity": {{"mixer": "identity"}}}}
+seeds = 2
+"""
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """study.py with arguments, in a folder of its own; its output. `ok=False`: it must fail."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def call_study(*arguments, ok=True):
+        monkeypatch.setattr("sys.argv", ["study.py", *map(str, arguments)])
+        error = ""
+        try:
+            study.main()
+        except (study.StudyError, SystemExit) as raised:
+            error = str(raised) if isinstance(raised, study.StudyError) else "exit"
+        assert bool(error) != ok, error
+        captured = capsys.readouterr()
+        return captured.out + captured.err + error
+
+    yield call_study
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def write_study(folder, data, more=""):
+    """A study of 2 arms and 2 seeds, 4 steps each; `more` is put behind it."""
+    words = [*TINY, "--max_iters=4", "--compile=False", f"--data_dir={data}"]
+    knobs = dict(word.removeprefix("--").split("=") for word in words)
+    (folder / "tiny.py").write_text(SOURCE.format(knobs=knobs) + more)
+    return folder / "tiny.py"
+
+
+@pytest.fixture
+def tiny_study(tiny_data, tmp_path):
+    """write_study in this test's folder, with only `more` to give."""
+    return functools.partial(write_study, tmp_path, tiny_data)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """The folder of a study that has run, from the command line."""
+    folder = tmp_path_factory.mktemp("finished")
+    places = f"--results={folder}/results", f"--out={folder}/out/studies"
+    output = run("study.py", write_study(folder, tiny_data), "--jobs=2", *places)
+    assert "4 of 4 runs are here" in output and "| identity | 2 |" in output
+    return folder
+
+
+def rows(folder):
+    """table.csv of the tiny study, without what depends on the clock."""
+    clock = ("ms_per_step", "equal_time", "speed_up")
+    with open(folder / "results/tiny/table.csv") as file:
+        return [
+            {key: value for key, value in row.items() if not key.startswith(clock)}
+            for row in csv.DictReader(file)
+        ]
+
+
+# ---- real runs ----------------------------------------------------------------------------------
+
+
+STOP_AT_STEP_2 = """
+step = torch.optim.AdamW.step
+def stop(*arguments):
+    next(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+torch.optim.AdamW.step = stop
+"""
+
+
+def test_a_study_that_was_cut_off_ends_with_the_same_table(call, finished, tmp_path):
+    """Two runs are there, one was stopped after two of its four steps, one has not begun."""
+    path, name = finished / "tiny.py", "out/studies/tiny"
+    assert {row["minus_residual_pairs"] for row in rows(finished)} == {"", "2"}
+    for cell in ("residual/seed1", "identity/seed1"):
+        (tmp_path / "results/tiny" / cell).parent.mkdir(parents=True)
+        shutil.copy(finished / f"results/tiny/{cell}.json", tmp_path / f"results/tiny/{cell}.json")
+    first, second = call(path, "--dry_run").splitlines()
+    assert "residual" in first and "identity" in second
+    words = shlex.split(second)
+    words[-1] = f"--out_dir={tmp_path}/{name}/identity/seed2"
+    run_with(STOP_AT_STEP_2, *words[words.index("train.py") :])
+    assert "identity/seed2: at step 2" in call(path, "--list")
+
+    output = call(path, "--jobs=2")
+    assert "2 of 4 runs are finished, 2 to do" in output
+    assert "identity/seed2: from step 2" in output and "/seed1: from" not in output
+    assert rows(tmp_path) == rows(finished)
+    for cell in ("residual/seed2", "identity/seed2"):
+        assert records(tmp_path / name / cell) == records(finished / name / cell)
+    assert "0 to do" in call(path)
+
+
+def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(call, finished, tmp_path):
+    path, kept = finished / "tiny.py", tmp_path / "results/tiny/identity/seed1.json"
+    shutil.copytree(finished / "results", tmp_path / "results")
+    assert "the same loss at all 2 evaluations" in call(path, "--cell=identity/seed1")
+    result = json.loads(kept.read_text())
+    final = result["evaluations"][-1]["val"]
+    result["evaluations"][-1]["val"] = final + 1e-7
+    kept.write_text(json.dumps(result))
+    output = call(path, "--cell=identity/seed1", ok=False)
+    assert f"not the same loss: at step 4 {final + 1e-7} then, {final} now" in output
+    # a run that is done again is no run of the study
+    assert json.loads(kept.read_text()) == result
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_divergence_is_a_result_and_a_failure_is_not(call, tiny_study, tmp_path):
+    """A rate of 1e38 makes the second step's loss infinite; n_head=3 does not divide n_embd."""
+    path = tiny_study(
+        'arms = {"wild": {"mixer": "residual", "n_streams": 1, "learning_rate": 1e38, '
+        '"max_bad_steps": 2}, "wrong": {"n_head": 3}}\nseeds = 1\n'
+    )
+    output = call(path, "--jobs=2", ok=False)
+    assert "wild/seed1: diverged, at step" in output
+    assert "wrong/seed1: failed; out/studies/tiny/wrong/seed1/log.txt ends with" in output
+    assert "n_embd 16 is not divisible by n_head 3" in output
+    assert "1 runs failed, as said above: wrong/seed1" in output
+    kept = json.loads((tmp_path / "results/tiny/wild/seed1.json").read_text())
+    assert kept["diverged"] and kept["final_loss"] is None and kept["best_loss"] > 0
+    (row,) = rows(tmp_path)
+    assert (row["arm"], row["runs"], row["diverged"], row["loss"]) == ("wild", "1", "1", "")
+    output = call(path, "--list")
+    assert "wild/seed1: diverged" in output and "wrong/seed1: not begun" in output
+
+
+def test_a_kill_lets_the_run_write_a_checkpoint(call, tiny_study, tmp_path):
+    path = tiny_study('knobs |= {"max_iters": 10**6, "checkpoint_interval": 10**6}\nseeds = 1\n')
+    folder = tmp_path / "out/studies/tiny/residual/seed1"
+
+    def kill_this_process_once_the_run_is_going():
+        while study.comparison.last_step(folder) == 0:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill_this_process_once_the_run_is_going, daemon=True).start()
+    output = call(path)
+    step = study.comparison.last_step(folder)
+    assert f"residual/seed1: cut off at step {step} of 1000000" in output
+    assert (folder / f"ckpt_{step:07}.pt").exists() and "identity/seed1: from" not in output
+    assert f"residual/seed1: at step {step}" in call(path, "--list")
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+# ---- the grid -----------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_the_grid_of_config_files(call):
+    """All arms with the first seed come before the second; residual stands once for all n."""
+    output = call(
+        "--sweep",
+        "n_streams=2,4",
+        ROOT / "config/laptop.py",
+        "--mixers=residual,tbp",
+        "--seeds=2",
+        "--list",
+    )
+    assert [line.split(":")[0] for line in output.splitlines()] == [
+        "residual/seed1",
+        "tbp/n_streams=2/seed1",
+        "tbp/n_streams=4/seed1",
+        "residual/seed2",
+        "tbp/n_streams=2/seed2",
+        "tbp/n_streams=4/seed2",
+    ]
+    output = call(ROOT / "config/laptop.py", "--list", "--seeds=3,", "--n_layer=2")
+    assert [line.split("/")[0] for line in output.splitlines()] == list(MIXERS)
+    assert all("/seed3:" in line for line in output.splitlines())
+
+
+@pytest.mark.quick
+def test_min_lr_moves_with_a_swept_rate(call):
+    """laptop.py has 2e-3 and a tenth of it."""
+    arguments = (ROOT / "config/laptop.py", "--mixers=tbp", "--seeds=1", "--dry_run")
+    output = call(*arguments, "--sweep", "learning_rate=7e-4,1.4e-3")
+    first, second = output.splitlines()
+    assert "--learning_rate=0.0007 " in first and "--min_lr=7e-05 " in first
+    assert "--learning_rate=0.0014 " in second and "--min_lr=0.00014 " in second
+
+
+@pytest.mark.quick
+def test_the_command_of_a_cell_has_the_threads_and_processes(call):
+    arguments = (ROOT / "config/laptop.py", "--mixers=tbp", "--seeds=1", "--dry_run")
+    assert call(*arguments).startswith("OMP_NUM_THREADS=1 python train.py ")
+    output = call(*arguments, "--threads=2", "--processes=4")
+    assert output.startswith("OMP_NUM_THREADS=2 torchrun --standalone --nproc_per_node=4 train.py ")
+    assert output.rstrip().endswith("--seed=1 --out_dir=out/studies/laptop/tbp/seed1")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_this_repository(path):
+    """Each states its question and its rule, and train.py knows every knob that an arm sets."""
+    one = study.read_study(path)
+    assert one.question.endswith("?") and len(one.decision) > 40 and len(one.seeds) >= 5
+    assert len(path.read_text().splitlines()) < 80
+    for arm, knobs in one.arms.items():
+        if "gates" in knobs or "mix_scale" in knobs or "n_mlp" in knobs:
+            continue  # knobs that model.py is about to have
+        if knobs["mixer"] not in MIXERS:
+            continue
+        config = resolve(study.TRAIN, study.arguments(one, {**one.knobs, **knobs}))
+        assert config["mixer"] in MIXERS, arm
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "more, arguments, message",
+    [
+        ("", ["--arms=residual,tpb"], "there is no arm tpb; there are residual, identity"),
+        ("", ["--seeds=2,3"], "there is no seed 3; there are 1, 2"),
+        ("", ["--sweep", "n_streams=2"], "there is no axis n_streams; there are none"),
+        (
+            "",
+            ["--cell=identity/seed7"],
+            "there is no cell identity/seed7; there are residual/seed1",
+        ),
+        ("", ["--cell=identity/seed1"], "identity/seed1 has no result yet"),
+        ("", ["--n_layers=2"], "no such knob (did you mean --n_layer?)"),
+        ("", ["--n_layer", "--list"], "write files first, then --knob=value in one word"),
+        ("", ["--jobs=0"], "--jobs must be at least 1, not 0"),
+        ("seed = 3", [], "has what no study has: seed."),
+        ("del decision", [], "lacks decision"),
+        ('sweep = {"n_streams": [2, 4]}', ["--sweep", "n_streams=3"], "no value of n_streams 3"),
+    ],
+)
+def test_refusals_before_anything_runs(call, tiny_study, tmp_path, more, arguments, message):
+    assert message in call(tiny_study(more), *arguments, ok=False)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
+
+
+@pytest.mark.quick
+def test_mixers_and_files_that_are_not_there(call, tmp_path):
+    assert "there is no mixer tpb; there are residual" in call(
+        ROOT / "config/laptop.py", "--mixers=tpb", ok=False
+    )
+    with pytest.raises(FileNotFoundError):  # main's last lines say it in one
+        call("config/none.py", ok=False)
+
+
+@pytest.mark.quick
+def test_a_run_of_other_knobs_is_not_taken_for_a_cell(call, tiny_study, tmp_path):
+    """Neither a result nor a run that was cut off; a knob that was new since is at its default."""
+    path = tiny_study()
+    one = study.read_study(path)
+    knobs = resolve(
+        study.TRAIN, study.arguments(one, {**one.knobs, **one.arms["identity"], "seed": 1})
+    )
+    del knobs["read_start"]
+    kept = tmp_path / "results/tiny/identity/seed1.json"
+    begun = tmp_path / "out/studies/tiny/residual/seed2"
+    kept.parent.mkdir(parents=True)
+    begun.mkdir(parents=True)
+    kept.write_text(json.dumps({"knobs": knobs, "diverged": False, "final_loss": 5.0}))
+    assert "identity/seed1: loss 5.0000" in call(path, "--list")
+
+    output = call(path, "--n_layer=3", "--list", ok=False)
+    assert "identity/seed1.json is a run of other knobs" in output and "n_layer: 2 -> 3" in output
+    assert "read_start: 0.7 -> 0.6" in call(path, "--read_start=0.6", "--list", ok=False)
+    assert "identity/seed1: not begun" in call(path, "--n_layer=3", "--name=other", "--list")
+
+    (begun / "config.json").write_text(json.dumps({**knobs, "n_layer": 5}))
+    (begun / "metrics.jsonl").write_text('{"step": 2, "val": 5.0, "gain": 1.0}\n')
+    output = call(path, "--arms=residual", "--seeds=2,", ok=False)
+    assert "out/studies/tiny/residual/seed2 is a run of other knobs" in output
+    assert "mixer: 'identity' -> 'residual'" in output and not (begun / "log.txt").exists()
+
+
+@pytest.mark.quick
+def test_a_damaged_result_and_one_of_no_cell_are_named(call, tiny_study, tmp_path):
+    path, folder = tiny_study(), tmp_path / "results/tiny"
+    (folder / "gone").mkdir(parents=True)
+    (folder / "gone/seed1.json").write_text("{}")
+    assert (
+        "Not in the table, since the study has no such cell: results/tiny/gone/seed1.json"
+        in call(path, "--table")
+    )
+    (folder / "identity").mkdir()
+    (folder / "identity/seed1.json").write_text('{"knobs": ')
+    assert "identity/seed1.json is damaged" in call(path, "--table", ok=False)
+
+
+@pytest.mark.quick
+def test_a_wide_residual_has_as_many_parameters_as_tbp():
+    """Counted one by one: a linear layer of C x n_mlp and one back, against phi, bias and gates."""
+    one = study.read_study(ROOT / "config/studies/constraint.py")
+    C, n = one.knobs["n_embd"], 4
+    extra = one.arms["residual_wide"]["n_mlp"] - 4 * C
+    logits = n + n + (n - 1) ** 2
+    hyper_connections = 2 * (logits * n * C + logits + 3)  # of a layer: attention and MLP
+    assert abs(2 * C * extra - hyper_connections) <= C  # half a hidden unit
+
+
+def test_each_job_has_gpus_of_its_own(monkeypatch, tmp_path, tiny_study):
+    """With 4 GPUs and 2 processes a run, the second slot has the last two."""
+    started = []
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(study.subprocess, "Popen", lambda *a, env, **k: started.append(env))
+    cell = study.Cell("a/seed1", "a", {}, 1, [], tmp_path / "a", tmp_path / "a.json")
+    options = study.argparse.Namespace(processes=2, threads=1)
+    for slot in (0, 1):
+        study.start(study.Run(cell, 0, 4), options, slot)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    study.start(study.Run(cell, 0, 4), options, 1)
+    assert started[-1]["CUDA_VISIBLE_DEVICES"] == "6,7"
