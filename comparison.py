@@ -402,6 +402,9 @@ def report(study, results, planned, others):
         parts.append(f"**Rule of decision, written before the runs.** {study.decision.strip()}")
     base = " ".join([*study.files, *(f"--{knob}={value}" for knob, value in study.knobs.items())])
     parts.append(f"{len(results)} of {planned} runs are here, each of `train.py {base}`.")
+    parts.append(
+        f"`{study.command}` runs the others, or all of them again where results/ is empty."
+    )
     if results:
         seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
         tokens = ", ".join(f"{tokens:,}" for tokens in sorted({run["tokens"] for run in results}))

@@ -8,19 +8,17 @@
     python study.py config/studies/mixers.py --table                     # the table alone
     python study.py config/studies/mixers.py --cell=tbp/seed1            # again: the same loss?
 
-A study is a file with a question, a rule of decision and a grid; config files of train.py with
---mixers are one too. A cell of the grid is one run: an arm (a name for some knobs), one value of
-every swept knob, a seed. The runs of a seed have the same initial weights and see the same batches,
-so arms are compared seed by seed. The same command again skips what is finished and continues what
-was cut off. Ctrl-C or SIGTERM lets every run write a checkpoint.
-
-Every other --knob=value is train.py's, in all cells. An arm that sets a swept knob itself keeps its
-own value. Where learning_rate is swept, min_lr moves with it, in proportion. A run of other knobs
-is never taken for a cell's: the command is refused.
+A study is a file with a question, a rule of decision and a grid (grid.py); config files of train.py
+with --mixers are one too. Every other --knob=value is train.py's, in all cells. The same command
+again skips what is finished and continues what was cut off. Ctrl-C or SIGTERM lets every run write
+a checkpoint. A run of other knobs is never taken for a cell's: the command is refused.
 
     out/studies/NAME/CELL/           checkpoints, metrics and log of a run
     results/NAME/CELL.json           what is kept of it, a few kB: losses, step time, commit, knobs
     results/NAME/table.md and .csv   what the runs say so far (comparison.py), after each run
+
+A run whose losses or gradients are not finite until train.py gives it up has diverged: a result.
+One that fails otherwise is named at the end, and runs again with the next call.
 """
 
 import argparse
@@ -39,139 +37,21 @@ from typing import NamedTuple
 import torch
 
 import comparison
-from configurator import resolve
 from data import DataError, write_atomic
+from grid import (
+    TRAIN,
+    Cell,
+    Study,
+    StudyError,
+    cells,
+    check_same,
+    command,
+    is_study,
+    knobs_of,
+    read_study,
+    result_of,
+)
 from mixers import MIXERS
-
-TRAIN = Path(__file__).with_name("train.py")
-IGNORED = ("out_dir", "init_from", "data_dir")  # knobs that do not change what a run computes
-
-
-class StudyError(ValueError):
-    """What the user can put right; the message says how."""
-
-
-# ---- the grid -----------------------------------------------------------------------------------
-
-
-class Study(NamedTuple):
-    name: str
-    question: str
-    decision: str  # the rule by which the runs answer the question, written before they start
-    files: list[str]  # config files of train.py
-    knobs: dict  # of every run, after the files
-    arms: dict[str, dict]  # the knobs of each arm, by its name
-    seeds: list[int]
-    sweep: dict[str, list]  # the values of each swept knob
-
-
-class Cell(NamedTuple):
-    name: str  # tbp/learning_rate=0.002/seed1
-    arm: str
-    axes: dict  # one value of each swept knob that the arm does not set itself
-    seed: int
-    arguments: list[str]  # what follows train.py, but for the folder
-    folder: Path  # of the run's checkpoints, metrics and log
-    result: Path  # what is kept of it
-
-
-def read_study(path):
-    """The study in the file at `path`; its seeds are a list, or 5 for 1 to 5. Raises StudyError."""
-    scope = {"__name__": "study", "__file__": str(path)}
-    exec(compile(Path(path).read_bytes(), str(path), "exec"), scope)
-    given = {name: value for name, value in scope.items() if not name.startswith("_")}
-    missing = {"question", "decision", "files", "arms", "seeds"} - given.keys()
-    unknown = given.keys() - set(Study._fields)
-    if missing or unknown:
-        raise StudyError(
-            f"{path} lacks {', '.join(sorted(missing)) or 'nothing'}, and has what no study has: "
-            f"{', '.join(sorted(unknown)) or 'nothing'}. A study has {', '.join(Study._fields)}; "
-            "a name of the file's own starts with _"
-        )
-    if isinstance(given["seeds"], int):
-        given["seeds"] = list(range(1, given["seeds"] + 1))
-    return Study(**{"name": Path(path).stem, "knobs": {}, "sweep": {}, **given})
-
-
-def is_study(path):
-    """Whether the file at `path` has arms, as no config file of train.py does."""
-    return any(line.startswith("arms = ") for line in Path(path).read_text().splitlines())
-
-
-def cells(study, options):
-    """The cells in the order of their runs: every arm with the first seed, then with the second."""
-    found = {}
-    for seed in study.seeds:
-        for values in itertools.product(*study.sweep.values()):
-            for arm, own in study.arms.items():
-                axes = dict(zip(study.sweep, values))
-                axes = {knob: value for knob, value in axes.items() if knob not in own}
-                words = [f"{knob}={value}" for knob, value in axes.items()]
-                name = "/".join([arm, *words, f"seed{seed}"])
-                if name in found:  # an arm that sets a swept knob itself stands once
-                    continue
-                knobs = {**study.knobs, **axes, **own, "seed": seed}
-                if "learning_rate" in axes and "min_lr" not in {**axes, **own}:
-                    knobs["min_lr"] = min_lr_at(study, axes["learning_rate"])
-                folder = Path(options.out, study.name, name)
-                result = Path(options.results, study.name, name + ".json")
-                found[name] = Cell(name, arm, axes, seed, arguments(study, knobs), folder, result)
-    return list(found.values())
-
-
-def arguments(study, knobs):
-    """What follows train.py on its command line."""
-    return [*study.files, *(f"--{knob}={value}" for knob, value in knobs.items())]
-
-
-def min_lr_at(study, learning_rate):
-    """The min_lr that is to a swept learning_rate what the study's own two are to each other."""
-    own = resolve(TRAIN, arguments(study, study.knobs))
-    return float(f"{own['min_lr'] / own['learning_rate'] * learning_rate:.6g}")
-
-
-def command(cell, options):
-    """The command line of a cell, as a person types it."""
-    launcher = ["python"]
-    if options.processes > 1:
-        launcher = ["torchrun", "--standalone", f"--nproc_per_node={options.processes}"]
-    words = [*launcher, TRAIN.name, *cell.arguments, f"--out_dir={cell.folder}"]
-    return f"OMP_NUM_THREADS={options.threads} {shlex.join(words)}"
-
-
-# ---- what there is of a cell --------------------------------------------------------------------
-
-
-def check_same(cell, knobs, where):
-    """Raises StudyError unless the run at `where`, which had `knobs`, is one of this cell.
-
-    A knob that train.py did not have when the run started has to stand at its default.
-    """
-    now, then = resolve(TRAIN, cell.arguments), {**resolve(TRAIN, []), **knobs}
-    changed = [
-        f"{knob}: {then[knob]!r} -> {value!r}"
-        for knob, value in now.items()
-        if knob not in IGNORED and then[knob] != value
-    ]
-    if changed:
-        raise StudyError(
-            f"{where} is a run of other knobs than {cell.name} has now ({', '.join(changed)}). "
-            "Give this study another --name=…, or move what is there"
-        )
-
-
-def result_of(cell):
-    """The cell's file in results/, or None. Raises StudyError if it is of other knobs."""
-    if not cell.result.exists():
-        return None
-    try:
-        result = json.loads(cell.result.read_text())
-    except ValueError as error:
-        raise StudyError(
-            f"{cell.result} is damaged ({error}); without it the cell runs again"
-        ) from error
-    check_same(cell, result["knobs"], cell.result)
-    return result
 
 
 def state(cell):
@@ -216,7 +96,7 @@ class Run(NamedTuple):
 
 def planned(cell):
     """The cell's run, not started yet. Refuses knobs that train.py has not, or that changed."""
-    steps = resolve(TRAIN, cell.arguments)["max_iters"]
+    steps = knobs_of(*cell.arguments)["max_iters"]
     config, _ = comparison.read_run(cell.folder)
     if config:
         check_same(cell, config, cell.folder)
@@ -274,39 +154,44 @@ def run_grid(study, todo, options):
         signal.signal(number, lambda *_: signals.append(True))
     waiting = [planned(cell) for cell in todo]
     total = sum(run.share(run.steps) for run in waiting)
-    stopping, ended, clock = False, 0.0, time.time()
+    stopping, done, clock = False, 0.0, time.time()
 
-    while running or (waiting and not stopping):
-        if signals and not stopping:
-            stopping = True
-            say("stopping: every run is asked for a checkpoint; the same command goes on from it")
-            for run in running.values():
-                run.process.terminate()
-        for slot in range(options.jobs):
-            if slot not in running and waiting and not stopping:
-                running[slot] = start(waiting.pop(0), options, slot)
-        time.sleep(0.5)
+    try:
+        while running or (waiting and not stopping):
+            for slot in range(options.jobs):
+                if slot not in running and waiting and not signals:
+                    running[slot] = start(waiting.pop(0), options, slot)
+            time.sleep(0.5)
+            if signals and not stopping:
+                stopping = True
+                say("stopping: every run is asked for a checkpoint; the same command goes on there")
+                for run in running.values():
+                    run.process.terminate()
 
-        for slot, run in list(running.items()):
-            if run.process.poll() is None:
-                continue
-            del running[slot]
-            try:
-                outcome = settle(run, options, stopping)
-            except StudyError as error:
-                outcome = str(error)
-                failed.append(run.cell.name)
-            ended += run.share(run.steps)
-            done = ended + sum(
-                other.share(comparison.last_step(other.cell.folder)) for other in running.values()
-            )
-            minutes = round((time.time() - clock) * (total - done) / done / 60) if done else 0
-            say(
-                f"{run.cell.name}: {outcome} | {len(waiting) + len(running)} runs left, "
-                f"about {minutes // 60} h {minutes % 60:02} min"
-            )
-            write_table(study, options)
+            for slot, run in list(running.items()):
+                if run.process.poll() is None:
+                    continue
+                del running[slot]
+                done += run.share(run.steps)
+                try:
+                    outcome = settle(run, options, stopping)
+                except StudyError as error:
+                    outcome = str(error)
+                    failed.append(run.cell.name)
+                left = time_left(time.time() - clock, done, total, running.values())
+                say(f"{run.cell.name}: {outcome} | {len(waiting) + len(running)} to go, {left}")
+                write_table(study, options)
+    finally:
+        for run in running.values():  # after an error: no run outlives this process
+            run.process.terminate()
     return failed
+
+
+def time_left(seconds, done, total, running):
+    """In words, when so many seconds did `done` of `total` runs and parts of those `running`."""
+    done += sum(run.share(comparison.last_step(run.cell.folder)) for run in running)
+    minutes = round(seconds * (total - done) / done / 60) if done else 0
+    return f"about {minutes // 60} h {minutes % 60:02} min"
 
 
 def run_again(study, cell, options):
@@ -321,14 +206,13 @@ def run_again(study, cell, options):
     second = result_of(again)
     if second is None:
         raise StudyError(f"{cell.name} was not run to its end; see {folder}/log.txt")
-    for one, other in zip(first["evaluations"], second["evaluations"]):
-        if one["val"] != other["val"]:
-            raise StudyError(
-                f"not the same loss: at step {one['step']} {one['val']} then, {other['val']} now. "
-                f"Then: {first['provenance']}. Now: {second['provenance']}"
-            )
-    count = len(second["evaluations"])
-    say(f"the same loss at all {count} evaluations, the last is {second['final_loss']}")
+    then, now = ([(e["step"], e["val"]) for e in run["evaluations"]] for run in (first, second))
+    if then != now:
+        raise StudyError(
+            f"not the same losses. Then, by step: {then}, {first['provenance']}. "
+            f"Now: {now}, {second['provenance']}"
+        )
+    say(f"the same loss at all {len(now)} evaluations, the last is {second['final_loss']}")
 
 
 def write_table(study, options):
@@ -395,6 +279,25 @@ def parse_values(text):
     return values
 
 
+def parse_seeds(text):
+    """'5' -> [1, 2, 3, 4, 5]; '2,3' -> [2, 3]; '2,' -> [2]."""
+    seeds = parse_values(text)
+    if not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise StudyError(f"--seeds={text}: give how many, such as 5, or which, such as 2,3")
+    return seeds if "," in text else list(range(1, seeds[0] + 1))
+
+
+def parse_sweep(axes):
+    """['n_streams=2,4'] -> {'n_streams': [2, 4]}."""
+    sweep = {}
+    for axis in axes:
+        knob, _, values = axis.partition("=")
+        sweep[knob] = parse_values(values)
+        if not sweep[knob]:
+            raise StudyError(f"--sweep {axis}: write --sweep knob=value,value")
+    return sweep
+
+
 def choose(what, wanted, there):
     """The `wanted` ones of `there` in its order; None: all. Raises StudyError if one is not."""
     if missing := [str(one) for one in wanted or [] if one not in there]:
@@ -403,36 +306,47 @@ def choose(what, wanted, there):
     return [one for one in there if wanted is None or one in wanted]
 
 
+def study_of_mixers(options, names, seeds, sweep):
+    """Config files of train.py with --mixers, as a study without a question."""
+    arms = {name: {"mixer": name} for name in choose("mixer", names, MIXERS)}
+    if "residual" in arms:
+        arms["residual"]["n_streams"] = 1
+    words = [*options.files, f"--mixers={options.arms}", f"--seeds={options.seeds or 5}"]
+    words += [word for axis in options.sweep for word in ("--sweep", axis)]
+    name = Path(options.files[-1]).stem
+    again = f"python study.py {shlex.join(words)}"
+    return Study(name, again, "", "", options.files, {}, arms, seeds, sweep)
+
+
 def read_command_line():
     """-> the options, the study, and the part of it that this call is about."""
     options, knobs = parse_command_line()
     names = None if options.arms == "all" else options.arms.split(",")
-    seeds = parse_values(options.seeds) if options.seeds else None
-    if seeds and "," not in options.seeds:
-        seeds = list(range(1, seeds[0] + 1))
-    axes = [axis.partition("=")[::2] for axis in options.sweep]
-    sweep = {knob: parse_values(values) for knob, values in axes}
-
+    seeds = parse_seeds(options.seeds) if options.seeds else None
+    sweep = parse_sweep(options.sweep)
     if not any(is_study(path) for path in options.files):
-        arms = {name: {"mixer": name} for name in choose("mixer", names, MIXERS)}
-        if "residual" in arms:
-            arms["residual"]["n_streams"] = 1
-        name = options.name or Path(options.files[-1]).stem
-        seeds = seeds or [1, 2, 3, 4, 5]
-        study = Study(name, "", "", options.files, knobs, arms, seeds, sweep)
-        return options, study, study
-
-    if len(options.files) > 1:
+        study = study_of_mixers(options, names, seeds or [1, 2, 3, 4, 5], sweep)
+    elif len(options.files) > 1:
         raise StudyError(f"a study stands alone, not among {', '.join(options.files)}")
-    study = read_study(options.files[0])
-    study = study._replace(name=options.name or study.name, knobs={**study.knobs, **knobs})
-    arms = {name: study.arms[name] for name in choose("arm", names, study.arms)}
-    parts = {
-        knob: choose(f"value of {knob}", sweep.get(knob), values)
-        for knob, values in study.sweep.items()
-    }
+    else:
+        study = read_study(options.files[0])
+    more = [f"--{knob}={value}" for knob, value in knobs.items()]
+    if options.name:
+        more.insert(0, f"--name={options.name}")
+    study = study._replace(
+        name=options.name or study.name,
+        command=" ".join([study.command, *map(shlex.quote, more)]),
+        knobs={**study.knobs, **knobs},
+    )
     choose("axis", list(sweep), study.sweep)
-    part = study._replace(arms=arms, seeds=choose("seed", seeds, study.seeds), sweep=parts)
+    part = study._replace(
+        arms={name: study.arms[name] for name in choose("arm", names, study.arms)},
+        seeds=choose("seed", seeds, study.seeds),
+        sweep={
+            knob: choose(f"value of {knob}", sweep.get(knob), values)
+            for knob, values in study.sweep.items()
+        },
+    )
     return options, study, part
 
 

@@ -13,6 +13,8 @@ import time
 import pytest
 from conftest import ROOT, TINY, records, run, run_with
 
+import comparison
+import grid
 import study
 from configurator import resolve
 from mixers import MIXERS
@@ -40,8 +42,8 @@ def call(tmp_path, monkeypatch, capsys):
         error = ""
         try:
             study.main()
-        except (study.StudyError, SystemExit) as raised:
-            error = str(raised) if isinstance(raised, study.StudyError) else "exit"
+        except (grid.StudyError, SystemExit) as raised:
+            error = str(raised) if isinstance(raised, grid.StudyError) else "exit"
         assert bool(error) != ok, error
         captured = capsys.readouterr()
         return captured.out + captured.err + error
@@ -129,7 +131,8 @@ def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(call, finis
     result["evaluations"][-1]["val"] = final + 1e-7
     kept.write_text(json.dumps(result))
     output = call(path, "--cell=identity/seed1", ok=False)
-    assert f"not the same loss: at step 4 {final + 1e-7} then, {final} now" in output
+    assert "not the same losses. Then, by step: [(0, " in output
+    assert f"(4, {final + 1e-7})]" in output and f"(4, {final})]" in output
     # a run that is done again is no run of the study
     assert json.loads(kept.read_text()) == result
     assert rows(tmp_path) == rows(finished)
@@ -159,13 +162,13 @@ def test_a_kill_lets_the_run_write_a_checkpoint(call, tiny_study, tmp_path):
     folder = tmp_path / "out/studies/tiny/residual/seed1"
 
     def kill_this_process_once_the_run_is_going():
-        while study.comparison.last_step(folder) == 0:
+        while comparison.last_step(folder) == 0:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=kill_this_process_once_the_run_is_going, daemon=True).start()
     output = call(path)
-    step = study.comparison.last_step(folder)
+    step = comparison.last_step(folder)
     assert f"residual/seed1: cut off at step {step} of 1000000" in output
     assert (folder / f"ckpt_{step:07}.pt").exists() and "identity/seed1: from" not in output
     assert f"residual/seed1: at step {step}" in call(path, "--list")
@@ -222,7 +225,7 @@ def test_the_command_of_a_cell_has_the_threads_and_processes(call):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_of_this_repository(path):
     """Each states its question and its rule, and train.py knows every knob that an arm sets."""
-    one = study.read_study(path)
+    one = grid.read_study(path)
     assert one.question.endswith("?") and len(one.decision) > 40 and len(one.seeds) >= 5
     assert len(path.read_text().splitlines()) < 80
     for arm, knobs in one.arms.items():
@@ -230,8 +233,23 @@ def test_the_studies_of_this_repository(path):
             continue  # knobs that model.py is about to have
         if knobs["mixer"] not in MIXERS:
             continue
-        config = resolve(study.TRAIN, study.arguments(one, {**one.knobs, **knobs}))
+        config = resolve(grid.TRAIN, grid.arguments(one, {**one.knobs, **knobs}))
         assert config["mixer"] in MIXERS, arm
+
+
+@pytest.mark.quick
+def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
+    """Without what restricts a call of a study; with all that makes a grid of config files."""
+    path, laptop = tiny_study(), ROOT / "config/laptop.py"
+    output = call(path, "--arms=residual", "--name=two words", "--n_layer=3", "--table")
+    assert f"`python study.py {path} '--name=two words' --n_layer=3`" in output
+    assert "0 of 4 runs are here" in output
+    assert (tmp_path / "results/two words/table.csv").exists()
+    output = call(
+        laptop, "--mixers=residual,tbp", "--sweep", "n_streams=2,4", "--table", "--jobs=2"
+    )
+    words = f"{laptop} --mixers=residual,tbp --seeds=5 --sweep n_streams=2,4"
+    assert f"`python study.py {words}`" in output and "0 of 15 runs are here" in output
 
 
 # ---- refusals -----------------------------------------------------------------------------------
@@ -253,8 +271,12 @@ def test_the_studies_of_this_repository(path):
         ("", ["--n_layers=2"], "no such knob (did you mean --n_layer?)"),
         ("", ["--n_layer", "--list"], "write files first, then --knob=value in one word"),
         ("", ["--jobs=0"], "--jobs must be at least 1, not 0"),
-        ("seed = 3", [], "has what no study has: seed."),
-        ("del decision", [], "lacks decision"),
+        ("seed = 3", [], "seed: a study has question,"),
+        ("del decision", [], "decision: a study has question,"),
+        ("files = 'config/laptop.py'", [], "files is a str"),
+        ("seeds = 1 / 0", [], "tiny.py: ZeroDivisionError: division by zero"),
+        ("", ["--seeds=few"], "--seeds=few: give how many"),
+        ("", ["--sweep", "n_streams"], "write --sweep knob=value,value"),
         ('sweep = {"n_streams": [2, 4]}', ["--sweep", "n_streams=3"], "no value of n_streams 3"),
     ],
 )
@@ -276,9 +298,9 @@ def test_mixers_and_files_that_are_not_there(call, tmp_path):
 def test_a_run_of_other_knobs_is_not_taken_for_a_cell(call, tiny_study, tmp_path):
     """Neither a result nor a run that was cut off; a knob that was new since is at its default."""
     path = tiny_study()
-    one = study.read_study(path)
+    one = grid.read_study(path)
     knobs = resolve(
-        study.TRAIN, study.arguments(one, {**one.knobs, **one.arms["identity"], "seed": 1})
+        grid.TRAIN, grid.arguments(one, {**one.knobs, **one.arms["identity"], "seed": 1})
     )
     del knobs["read_start"]
     kept = tmp_path / "results/tiny/identity/seed1.json"
@@ -317,7 +339,7 @@ def test_a_damaged_result_and_one_of_no_cell_are_named(call, tiny_study, tmp_pat
 @pytest.mark.quick
 def test_a_wide_residual_has_as_many_parameters_as_tbp():
     """Counted one by one: a linear layer of C x n_mlp and one back, against phi, bias and gates."""
-    one = study.read_study(ROOT / "config/studies/constraint.py")
+    one = grid.read_study(ROOT / "config/studies/constraint.py")
     C, n = one.knobs["n_embd"], 4
     extra = one.arms["residual_wide"]["n_mlp"] - 4 * C
     logits = n + n + (n - 1) ** 2
@@ -331,7 +353,7 @@ def test_each_job_has_gpus_of_its_own(monkeypatch, tmp_path, tiny_study):
     monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(study.subprocess, "Popen", lambda *a, env, **k: started.append(env))
-    cell = study.Cell("a/seed1", "a", {}, 1, [], tmp_path / "a", tmp_path / "a.json")
+    cell = grid.Cell("a/seed1", "a", {}, 1, [], tmp_path / "a", tmp_path / "a.json")
     options = study.argparse.Namespace(processes=2, threads=1)
     for slot in (0, 1):
         study.start(study.Run(cell, 0, 4), options, slot)

@@ -1,0 +1,172 @@
+"""A study: its file, the cells of its grid, and what there is of each.
+
+A cell is one run of train.py: an arm (a name for some knobs), one value of every swept knob, a
+seed. The runs of a seed have the same initial weights and see the same batches.
+
+    question = "..."                             what the runs are to decide
+    decision = "..."                             the rule by which they do, written before them
+    files = ["config/laptop.py"]                 config files of train.py
+    knobs = {"n_layer": 24}                      of every run, after the files
+    arms = {"tbp": {"mixer": "tbp"}}             the knobs of each arm, by its name
+    seeds = 5                                    1 to 5; or a list
+    sweep = {"learning_rate": [1e-3, 2e-3]}      the values of each swept knob
+
+knobs and sweep may be left out; a name of the file's own starts with _. An arm that sets a swept
+knob itself keeps its own value. Where learning_rate is swept, min_lr moves with it, in proportion.
+"""
+
+import functools
+import itertools
+import json
+import shlex
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from configurator import resolve
+
+TRAIN = Path(__file__).with_name("train.py")
+TYPES = {"question": str, "decision": str, "files": list, "knobs": dict, "arms": dict}
+TYPES |= {"seeds": (int, list), "sweep": dict}  # of the names in a study's file
+IGNORED = ("out_dir", "init_from", "data_dir")  # knobs that do not change what a run computes
+
+
+class StudyError(ValueError):
+    """What the user can put right; the message says how."""
+
+
+class Study(NamedTuple):
+    name: str  # of its folders in out/studies and results
+    command: str  # that runs it
+    question: str
+    decision: str
+    files: list[str]
+    knobs: dict
+    arms: dict[str, dict]
+    seeds: list[int]
+    sweep: dict[str, list]
+
+
+class Cell(NamedTuple):
+    name: str  # tbp/learning_rate=0.002/seed1
+    arm: str
+    axes: dict  # one value of each swept knob that the arm does not set itself
+    seed: int
+    arguments: list[str]  # what follows train.py, but for the folder
+    folder: Path  # of the run's checkpoints, metrics and log
+    result: Path  # what is kept of it
+
+
+# ---- a study's file -----------------------------------------------------------------------------
+
+
+def is_study(path):
+    """Whether the file at `path` has arms, as no config file of train.py does."""
+    return any(line.startswith("arms = ") for line in Path(path).read_text().splitlines())
+
+
+def read_study(path):
+    """The study in the file at `path`. Raises StudyError, also for what goes wrong in the file."""
+    scope = {"__name__": "study", "__file__": str(path), "knobs": {}, "sweep": {}}
+    try:
+        exec(compile(Path(path).read_bytes(), str(path), "exec"), scope)
+    except Exception as error:
+        reason = traceback.format_exception_only(error)[-1].strip()
+        raise StudyError(f"{path}: {reason}") from error
+    given = {name: value for name, value in scope.items() if not name.startswith("_")}
+    if wrong := sorted(given.keys() ^ TYPES.keys()):
+        raise StudyError(
+            f"{path}: {', '.join(wrong)}: a study has {', '.join(TYPES)}, all of them but knobs "
+            "and sweep, and no others; a name of the file's own starts with _"
+        )
+    for name, kind in TYPES.items():
+        if not isinstance(given[name], kind):
+            raise StudyError(f"{path}: {name} is a {type(given[name]).__name__}; see grid.py")
+    if isinstance(given["seeds"], int):
+        given["seeds"] = list(range(1, given["seeds"] + 1))
+    return Study(Path(path).stem, f"python study.py {path}", **given)
+
+
+# ---- cells --------------------------------------------------------------------------------------
+
+
+def cells(study, options):
+    """The cells in the order of their runs: every arm with the first seed, then with the second."""
+    found = {}
+    for seed in study.seeds:
+        for values in itertools.product(*study.sweep.values()):
+            for arm, own in study.arms.items():
+                axes = dict(zip(study.sweep, values))
+                axes = {knob: value for knob, value in axes.items() if knob not in own}
+                words = [f"{knob}={value}" for knob, value in axes.items()]
+                name = "/".join([arm, *words, f"seed{seed}"])
+                if name in found:  # an arm that sets a swept knob itself stands once
+                    continue
+                knobs = {**study.knobs, **axes, **own, "seed": seed}
+                if "learning_rate" in axes and "min_lr" not in {**axes, **own}:
+                    knobs["min_lr"] = min_lr_at(study, axes["learning_rate"])
+                folder = Path(options.out, study.name, name)
+                result = Path(options.results, study.name, name + ".json")
+                found[name] = Cell(name, arm, axes, seed, arguments(study, knobs), folder, result)
+    return list(found.values())
+
+
+def arguments(study, knobs):
+    """What follows train.py on its command line."""
+    return [*study.files, *(f"--{knob}={value}" for knob, value in knobs.items())]
+
+
+@functools.cache
+def knobs_of(*arguments):
+    """The knobs of train.py with these arguments; it refuses what train.py would."""
+    return resolve(TRAIN, arguments)
+
+
+def min_lr_at(study, learning_rate):
+    """The min_lr that is to a swept learning_rate what the study's own two are to each other."""
+    own = knobs_of(*arguments(study, study.knobs))
+    return float(f"{own['min_lr'] / own['learning_rate'] * learning_rate:.6g}")
+
+
+def command(cell, options):
+    """The command line of a cell, as a person types it."""
+    launcher = ["python"]
+    if options.processes > 1:
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={options.processes}"]
+    words = [*launcher, TRAIN.name, *cell.arguments, f"--out_dir={cell.folder}"]
+    return f"OMP_NUM_THREADS={options.threads} {shlex.join(words)}"
+
+
+# ---- what there is of a cell --------------------------------------------------------------------
+
+
+def check_same(cell, knobs, where):
+    """Raises StudyError unless the run at `where`, which had `knobs`, is one of this cell.
+
+    A knob that train.py did not have when the run started has to stand at its default.
+    """
+    now, then = knobs_of(*cell.arguments), {**knobs_of(), **knobs}
+    changed = [
+        f"{knob}: {then[knob]!r} -> {value!r}"
+        for knob, value in now.items()
+        if knob not in IGNORED and then[knob] != value
+    ]
+    if changed:
+        raise StudyError(
+            f"{where} is a run of other knobs than {cell.name} has now ({', '.join(changed)}). "
+            "Give this study another --name=…, or move what is there"
+        )
+
+
+def result_of(cell):
+    """The cell's file in results/, or None. Raises StudyError if it is of other knobs."""
+    if not cell.result.exists():
+        return None
+    try:
+        result = json.loads(cell.result.read_text())
+    except ValueError as error:
+        raise StudyError(
+            f"{cell.result} is damaged ({error}); without it the cell runs again"
+        ) from error
+    check_same(cell, result["knobs"], cell.result)
+    return result
