@@ -1,39 +1,52 @@
 """
-The files of a run in its out_dir: checkpoints that are whole or absent, the metrics, and a lock for one writer.
+A run's files in its out_dir: checkpoints that are whole or absent, the metrics, a lock for one
+writer, and every question about a checkpoint: where to start, whether it is the same run.
 
-    out_dir/ckpt_0000500.pt     the last `keep` checkpoints, by step     out_dir/config.json     the resolved knobs
-    out_dir/best.pt             the one with the lowest validation loss  out_dir/metrics.jsonl   a line a step
+    ckpt_0000500.pt    the newest few checkpoints, by step
+    best.pt            the one with the lowest validation loss
+    config.json        the knobs, and what made the run (runtime.provenance)
+    metrics.jsonl      a JSON object a line
 
-A checkpoint is torch.save's zip archive, whose CRC-32 of every record `verify` checks. It is loaded with
-weights_only=True: one from a stranger can be wrong, but cannot run code.
+A checkpoint is torch.save's zip archive, which has a CRC-32 of every record; `verify` checks them.
+It is loaded with weights_only=True: a file from a stranger can be wrong, but it cannot run code.
 """
+
 import errno
-import fcntl
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import zipfile
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from data import write_atomic
+from runtime import RunError
+
+KEYS = {
+    *("model", "optimizer", "config", "model_config", "command", "provenance"),
+    *("tokenizer", "n_vocab", "shards"),
+    *("step", "best_val", "evaluated", "logged_step", "tally"),  # train.py's `progress`
+}
+# With another value of one of these it would be another run; so it would with another model_config.
+FIXED = ("seed", "dataset", "total_batch_tokens")
+# These change where a run lies or how it starts, but not the run.
+NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir")
 
 
-KEYS = {"model", "optimizer", "step", "best_val", "evaluated", "tallied", "tally", "config", "model_config", "command",
-        "tokenizer", "n_vocab", "shards"}
-
-
-class RunError(RuntimeError):
-    """What a user can put right about a run; the message says how."""
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save(out_dir, state, *, keep, best):
-    """Write `state` as the checkpoint of state['step'], keep the newest `keep`, and point best.pt at it if `best`.
+    """Write `state` as the checkpoint of state["step"] and keep the newest `keep`.
 
-    Raises RunError when the disk is full or not writable; the checkpoints there are as they were.
+    With `best` the same checkpoint becomes best.pt. Raises RunError when the disk is full or not
+    writable; the checkpoints there are as they were.
     """
     path = Path(out_dir) / f"ckpt_{state['step']:07d}.pt"
     temporary, second = path.with_suffix(".tmp"), Path(out_dir) / "best.tmp"
@@ -42,34 +55,89 @@ def save(out_dir, state, *, keep, best):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if best:                                    # a second name for the same bytes, which outlives the first; before
-            os.link(temporary, second)              # it, for a run that is killed in between comes by here again
+        if best:  # first, for a run that is killed after it comes by here again
+            _link_or_copy(temporary, second)
             os.replace(second, Path(out_dir) / "best.pt")
         os.replace(temporary, path)
         _sync_folder(out_dir)
-    except (OSError, RuntimeError) as error:        # torch raises RuntimeError when its archive comes out short
-        raise RunError(f"{path}: the checkpoint could not be written ({error}). The ones before it are unchanged. "
-                       f"Free some space, then go on with --init_from=resume") from error
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a short archive
+        raise RunError(
+            f"{path}: the checkpoint could not be written ({error}). The ones before it are "
+            "unchanged. Free some space, then go on with --init_from=resume"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
-    whole = [there for there in steps(out_dir) if there <= path]        # later ones are damaged: the run resumed before them
+
+    # A later checkpoint than this one is damaged: the run was resumed before it.
+    whole = [there for there in steps(out_dir) if there <= path]
     for old in whole[:-keep]:
         old.unlink()
     return path
 
 
+def _link_or_copy(path, second):
+    """A second name for the same bytes, which outlives the first; a copy without hard links."""
+    try:
+        os.link(path, second)
+    except OSError:
+        with open(path, "rb") as source, open(second, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+
+
 def _sync_folder(folder):
+    """A rename survives a power cut only after this. Windows cannot open a folder."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)                        # the rename itself survives a power cut only after this
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def lock(out_dir):
+    """Make out_dir, hold it for this process, and remove what a killed one had half written there.
+
+    Returns the lock, which lasts as long as that object. Raises RunError if another run writes
+    there. Where files cannot be locked, a warning says so.
+    """
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(out_dir) / ".lock", "a")
+    except OSError as error:
+        raise RunError(
+            f"out_dir {out_dir} is not writable ({error.strerror}); choose another with --out_dir=…"
+        ) from error
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(
+            f"another run is writing to {out_dir}; wait for it, or choose another --out_dir"
+        ) from error
+    except (OSError, ModuleNotFoundError) as error:  # the file system's, and Windows'
+        print(
+            f"warning: {out_dir} cannot be locked here ({getattr(error, 'strerror', error)}); "
+            "see to it yourself that no other run writes there",
+            file=sys.stderr,
+            flush=True,
+        )
+    for leftover in (*Path(out_dir).glob("ckpt_*.tmp"), Path(out_dir) / "best.tmp"):
+        leftover.unlink(missing_ok=True)
+    return file
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
 def steps(out_dir):
     """The checkpoints of a run, oldest first."""
-    return sorted(path for path in Path(out_dir).glob("ckpt_*.pt") if re.fullmatch(r"ckpt_\d{7,}\.pt", path.name))
+    files = Path(out_dir).glob("ckpt_*.pt")
+    return sorted(path for path in files if re.fullmatch(r"ckpt_\d{7,}\.pt", path.name))
 
 
 def verify(path):
@@ -77,7 +145,7 @@ def verify(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:                      # zipfile raises whatever the damaged bytes happen to say
+    except Exception as error:  # zipfile raises whatever the damaged bytes happen to say
         raise RunError(f"{path}: not a whole checkpoint ({error})") from error
     if damaged:
         raise RunError(f"{path}: damaged, the checksum of {damaged} is wrong")
@@ -90,88 +158,227 @@ def latest(out_dir):
             verify(path)
             return path
         except RunError as error:
-            print(f"warning: {error}; going back to the checkpoint before it", file=sys.stderr, flush=True)
+            print(
+                f"warning: {error}; going back to the checkpoint before it",
+                file=sys.stderr,
+                flush=True,
+            )
     return None
 
 
 def load(path):
-    """-> the state that `save` wrote, on the CPU. Raises RunError for what is missing, damaged or no checkpoint."""
+    """-> the state that `save` wrote, on the CPU, or one of an older layout brought to today's.
+
+    Raises RunError for what is missing, damaged or no checkpoint.
+    """
     if not Path(path).exists():
-        raise RunError(f"{path}: no such checkpoint; train one first, for example "
-                       "python train.py config/tbp.py config/laptop.py")
+        raise RunError(
+            f"{path}: no such checkpoint; train one first, for example "
+            "python train.py config/tbp.py config/laptop.py"
+        )
     verify(path)
     state = load_tensors(path)
+    _upgrade(state)
     if missing := KEYS - set(state):
-        raise RunError(f"{path}: not a checkpoint of this project, it lacks {', '.join(sorted(missing))}")
+        raise RunError(
+            f"{path}: not a checkpoint of this project, it lacks {', '.join(sorted(missing))}"
+        )
     return state
 
 
-def restore(path, state, model, optimizer=None):
-    """Put the weights of a `load`ed state into model, and its moments into optimizer. Raises RunError if they do not fit."""
-    try:
-        model.load_state_dict(state["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{path}: its weights are not those of this model.py. Check out the commit that wrote it, or begin "
-                       f"another run with --out_dir=…. {reason}") from error
+def _upgrade(state):
+    """Bring a state in the layout of commit 4e260d0 to today's, in place."""
+    if "tallied" in state:
+        state["logged_step"] = state.pop("tallied")
+        state["provenance"] = dict.fromkeys(("commit", "clean", "torch", "command"))
 
 
 def load_tensors(path):
-    """-> the dict of tensors and plain values in any torch file, on the CPU; nothing in it is executed. Raises RunError."""
+    """-> the dict of tensors and plain values in any torch file, on the CPU. Raises RunError.
+
+    Nothing in the file is executed.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RunError(f"{path}: could not be read ({error.strerror})") from error
-    except Exception as error:                      # as above; an UnpicklingError if it asks for more than tensors
-        raise RunError(f"{path}: refused, it holds more than tensors and plain values, or is no torch file "
-                       f"({(str(error) or repr(error)).splitlines()[0]})") from error
+    except Exception as error:  # as in verify; UnpicklingError if it asks for more than tensors
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise RunError(
+            f"{path}: refused, it holds more than tensors and plain values, or is no torch file "
+            f"({reason})"
+        ) from error
     if not isinstance(state, dict):
         raise RunError(f"{path}: a dict of tensors is wanted, not a {type(state).__name__}")
     return state
 
 
-def lock(out_dir):
-    """Make out_dir, hold it for this process until it ends, and remove what a killed one had half written there.
-    Raises RunError if another run writes there."""
+def model_config(path, state, GPTConfig):
+    """-> the GPTConfig of a loaded state. Raises RunError if this class lacks one of its fields."""
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out_dir) / ".lock", "a")
-    except OSError as error:
-        raise RunError(f"out_dir {out_dir} is not writable ({error.strerror}); choose another with --out_dir=…") from error
+        return GPTConfig(**state["model_config"])
+    except TypeError as error:
+        raise RunError(
+            f"{path}: its model is not that of this model.py ({error}). {_how_to_get_it(state)}"
+        ) from error
+
+
+def restore(path, state, model, optimizer=None):
+    """Put the weights of a loaded state into model, and its moments into optimizer.
+
+    The optimizer keeps its own settings, such as the weight decay, and only the learning rate is
+    the state's. Raises RunError where the weights do not fit.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise RunError(f"another run is writing to {out_dir}; wait for it, or choose another --out_dir") from error
-    for leftover in (*Path(out_dir).glob("ckpt_*.tmp"), Path(out_dir) / "best.tmp"):
-        leftover.unlink(missing_ok=True)
-    return file                                     # the lock lasts as long as this object
+        model.load_state_dict(state["model"])
+        if optimizer is not None:
+            own = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(state["optimizer"])
+            for group, settings in zip(optimizer.param_groups, own):
+                group |= {key: settings[key] for key in settings if key not in ("params", "lr")}
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(
+            f"{path}: its weights are not those of this model.py. {_how_to_get_it(state)}, or "
+            f"begin another run with --out_dir=…. {' '.join(str(error).split())}"
+        ) from error
+
+
+def _how_to_get_it(state):
+    commit = state["provenance"]["commit"]
+    return f"Check out the commit that wrote it{f': git checkout {commit}' if commit else ''}"
+
+
+# ---- is it the same run? -------------------------------------------------------------------------
+
+
+def starting_point(out_dir, init_from):
+    """The checkpoint to resume from, or None to start at step 0.
+
+    Raises RunError where init_from cannot be had, ValueError where it is no such thing.
+    """
+    if init_from not in ("scratch", "resume", "auto") and not init_from.startswith("gpt2:"):
+        raise ValueError(f"init_from must be scratch, resume, auto or gpt2:FILE, not {init_from!r}")
+    there = steps(out_dir)
+    if there and init_from in ("resume", "auto"):
+        if newest := latest(out_dir):
+            return newest
+        raise RunError(
+            f"none of the {len(there)} checkpoints in {out_dir} is whole; begin again elsewhere "
+            "with --init_from=scratch --out_dir=…"
+        )
+    if there:
+        raise RunError(
+            f"{out_dir} holds a run already (the newest checkpoint is {there[-1].name}); go on "
+            "with --init_from=resume, or begin another with --out_dir=…"
+        )
+    if init_from == "resume":
+        raise RunError(
+            f"{out_dir} has no checkpoint to resume from; begin with --init_from=scratch"
+        )
+    return None
+
+
+def resume_arguments(argv, out_dir):
+    """The command line `argv`, with the knobs of the run's config.json before it when it asks to
+    resume the run and has no config file: the knobs that it does not name are the run's.
+
+    out_dir is that of a command line that names none. Raises SystemExit for a damaged file.
+    """
+    named = dict(item[2:].split("=", 1) for item in argv if item.startswith("--") and "=" in item)
+    path = Path(named.get("out_dir", out_dir)) / "config.json"
+    has_file = any(not item.startswith("-") for item in argv)
+    if named.get("init_from") != "resume" or has_file or not path.exists():
+        return argv
+    try:
+        knobs = json.loads(path.read_text())
+        knobs.pop("provenance", None)
+        return [*(f"--{name}={value!r}" for name, value in knobs.items()), *argv]
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(
+            f"RunError: {path}: damaged ({error}). Name the run's knobs and config files on the "
+            "command line, as when it was begun"
+        ) from error
+
+
+def fingerprint(meta):
+    """Of a data set: with other shards, a step would see other tokens."""
+    splits = json.dumps(meta["splits"], sort_keys=True)
+    count = meta["splits"]["train"]["tokens"]
+    return f"{count:,} training tokens, checksum {zlib.crc32(splits.encode()):08x}"
+
+
+def check_same_run(path, state, config, model_config_now, meta):
+    """Raises RunError unless knobs, model and data set continue the run of the checkpoint `state`.
+
+    Returns what else changed: a list such as ["learning_rate: 0.001 -> 0.002"].
+    """
+    saved_config = model_config(path, state, type(model_config_now))
+    then = _identity(state["config"], saved_config, state["tokenizer"], state["shards"])
+    now = _identity(config, model_config_now, meta["tokenizer"], fingerprint(meta))
+    if forbidden := _differences(then, now):
+        knobs = [name for name in now if name in config]
+        raise RunError(
+            f"the checkpoint is of another run: {', '.join(forbidden)}. Give these the "
+            "checkpoint's values, or begin another run with --out_dir=…. A resumed run may change "
+            f"everything but {', '.join(knobs)}, and the data set's tokenizer and shards"
+        )
+    free = [name for name in config if name not in now and name not in NO_CHANGE]
+    return _differences(state["config"], {name: config[name] for name in free})
+
+
+def _identity(config, model_config, tokenizer, shards):
+    """What makes a run this one and not another, by name."""
+    return {
+        **{name: config[name] for name in FIXED},
+        **asdict(model_config),
+        "tokenizer": tokenizer,
+        "shards": shards,
+    }
+
+
+def _differences(then, now):
+    """The values of `now` that are not those of `then`, as text."""
+    return [
+        f"{name}: {then[name]!r} -> {now[name]!r}"
+        for name in now
+        if name in then and then[name] != now[name]
+    ]
+
+
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 class Metrics:
-    """metrics.jsonl: a JSON object a line. Opened at `step`, it first drops what a killed run wrote beyond it; opened at
-    None, all that is there. Raises RunError when the disk is full or not writable."""
+    """metrics.jsonl: a JSON object a line.
+
+    Opened at `step`, it first drops what a killed run wrote beyond it; opened at None, all that is
+    there. Raises RunError when the disk is full or not writable.
+    """
 
     def __init__(self, out_dir, step):
         self.path = Path(out_dir) / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
-            write_atomic(self.path, *[line for line in lines if step is not None and _step(line) <= step])
-        self.file = open(self.path, "ab", buffering=0)          # a line at a time: a kill loses none
+            kept = [line for line in lines if step is not None and _step_of(line) <= step]
+            write_atomic(self.path, *kept)
+        self.file = open(self.path, "ab", buffering=0)  # a line at a time: a kill loses none
 
     def write(self, **record):
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        line = json.dumps(finite).encode() + b"\n"              # NaN is no JSON
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None  # NaN and infinity are no JSON
+        line = json.dumps(record).encode() + b"\n"
         try:
             if self.file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise RunError(f"{self.path}: could not be written ({error.strerror}). Free some space, then go on with "
-                           "--init_from=resume") from error
+            raise RunError(
+                f"{self.path}: could not be written ({error.strerror}). Free some space, then go "
+                "on with --init_from=resume"
+            ) from error
 
 
-def _step(line):
+def _step_of(line):
     """The step of a line of metrics; infinite where a kill or a full disk left half of one."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf

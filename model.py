@@ -8,9 +8,7 @@ mixer computes at the start what the plain one-stream model (mixer='residual') c
     logits, loss = model(idx, targets)
     model.compile_regions()                      # in place: state-dict keys stay clean
 """
-import ctypes
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -56,23 +54,6 @@ class GPTConfig:
         options = {name: getattr(self, name) for name in mixer_options(self.mixer)}
         return HyperConnection(self.mixer, self.n_streams, self.n_embd, layer=layer, dynamic=self.dynamic,
                                mix_start=self.mix_start, read_start=self.read_start, **options)
-
-
-def pick_device(name, local_rank=0):
-    """The device that a script's knob means: auto is cuda, else mps, else cpu; under torchrun each process has its own GPU.
-    ValueError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
-    where = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[where.type]
-    if (where.index or 0) >= there:
-        raise ValueError(f"device = {where}, but this torch ({torch.__version__}) sees {there} {where.type} devices here; use "
-                         "--device=cpu, or fewer processes")
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    return where
 
 
 class Attention(nn.Module):
@@ -189,7 +170,6 @@ class GPT(nn.Module):
         activation_memory_budget: the share of what the backward needs that is kept rather than computed again.
         """
         torch._functorch.config.activation_memory_budget = activation_memory_budget
-        _keep_freed_memory()
         for region in (*self.blocks, self.head):
             region.compile(fullgraph=True, dynamic=False)
 
@@ -293,15 +273,6 @@ class GPT(nn.Module):
             context = sample_token(logits, temperature, top_k, top_p, generator)            # (B, 1)
             idx = torch.cat([idx, context], 1)
         return idx
-
-
-def _keep_freed_memory():
-    """On a CPU, have glibc keep what is freed for the next step, as CUDA's allocator does. It would give large blocks back
-    to the system, and the page faults of taking them again are up to a third of what the streams cost."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):               # glibc's; others have their own ways
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)     # older ones take no more
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class KeyValueCache:

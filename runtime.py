@@ -1,0 +1,282 @@
+"""
+The machine that a script runs on: device, dtype, peak flops and memory, processes, the stop signal.
+
+    device = pick_device("auto")
+    group = init_distributed(device)            # None without torchrun
+    print0("said once, by rank 0")
+
+One process without torchrun is rank 0 of 1, and every function here works for it as well.
+"""
+
+import ctypes
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+TESTED_TORCH = ("2.11", "2.12", "2.13")  # versions that the tests pass on
+
+# Dense flops per second in bfloat16 (float16 where a GPU has no bfloat16), from the data sheets.
+# The first name that is found in the GPU's own name counts: a longer name stands before its prefix.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+class RunError(RuntimeError):
+    """What a user can put right about a run; the message says how."""
+
+
+# ---- device, dtype, speed, memory ----------------------------------------------------------------
+
+
+def pick_device(name, local_rank=0):
+    """The torch.device that a script's knob means.
+
+    "auto" is cuda, else mps, else cpu. Under torchrun "cuda" is the GPU of this process. Raises
+    ValueError for a device that is not there.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    count = {
+        "cpu": 1,
+        "mps": int(torch.backends.mps.is_available()),
+        "cuda": torch.cuda.device_count(),
+    }[device.type]
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device = {device}, but this torch ({torch.__version__}) sees {count} {device.type} "
+            "devices here; use --device=cpu, or fewer processes"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch.dtype of activations that a script's knob means; ValueError for an unknown one.
+
+    "auto" is bfloat16 on a GPU that computes with it (not one that emulates it), else float32.
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
+    if name != "auto":
+        return getattr(torch, name)
+    cuda = device.type == "cuda"
+    if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def peak_flops(device):
+    """Dense bfloat16 flops per second that the data sheet of this device promises; 0 if unknown."""
+    if device.type != "cuda":
+        return 0.0
+    own_name = torch.cuda.get_device_name(device)
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in own_name), 0.0)
+
+
+def peak_memory(device):
+    """Bytes at the worst moment so far: of the GPU, else of this process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def torch_is_tested():
+    """Whether the tests pass on this version of torch."""
+    return ".".join(torch.__version__.split(".")[:2]) in TESTED_TORCH
+
+
+def differences(wanted, found, tolerance):
+    """The names of the tensors of the dict `found` that are not those of `wanted`.
+
+    The norm of a difference may be `tolerance` times the norm of the wanted tensor; below 1e-5 of
+    the largest norm of all, a difference is rounding.
+    """
+    norms = {name: tensor.float().norm().item() for name, tensor in wanted.items()}
+    floor = 1e-5 * max(norms.values())
+    off = {name: (found[name] - wanted[name]).float().norm().item() for name in wanted}
+    # Written so that NaN is a difference.
+    return [name for name in wanted if not off[name] <= tolerance * norms[name] + floor]
+
+
+def keep_freed_memory():
+    """On a CPU, have glibc keep freed memory for the next step, as CUDA's allocator does.
+
+    Otherwise glibc gives large blocks back to the system, and the page faults of taking them
+    again are up to a third of what the streams cost. Without glibc nothing happens.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    # An older glibc refuses 1 GiB; 32 MiB is the most that it takes.
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+# ---- where a result comes from -------------------------------------------------------------------
+
+
+def provenance():
+    """What made a result: {"commit", "clean", "torch", "command"}.
+
+    commit is the one checked out in the repository that tracks this file, and clean tells whether
+    nothing there differs from it; both are None without git or such a repository.
+    """
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = _git("rev-parse", "HEAD") if tracked else None
+    changes = _git("status", "--porcelain") if commit else None
+    return {
+        "commit": commit,
+        "clean": None if changes is None else changes == "",
+        "torch": str(torch.__version__),  # a plain string for what reads it back
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+    }
+
+
+def _git(*arguments):
+    """What git says about this file's folder, or None where it cannot say anything."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def ranks():
+    """(rank, local_rank, world_size) of this process; (0, 0, 1) without torchrun."""
+    return tuple(
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+
+
+def print0(*text):
+    """print() on rank 0, at once; nothing on the others."""
+    if ranks()[0] == 0:
+        print(*text, flush=True)
+
+
+def init_distributed(device):
+    """Under torchrun, start the group of all processes; without it, do nothing.
+
+    Returns a gloo group for what travels between hosts rather than devices (errors, flags), or
+    None without torchrun. Raises RunError where the processes cannot meet.
+    """
+    if "RANK" not in os.environ:
+        return None
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(
+            f"the processes could not meet at {address} ({str(error).splitlines()[0]}). If another "
+            "run has the port, choose another: torchrun --standalone takes a free one, "
+            "--master_port=… on several nodes"
+        ) from error
+
+    # torchrun keeps its store when it restarts the workers, with the addresses of the dead ones.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return dist.new_group(backend="gloo")
+
+
+def on_all_ranks(group, work, *arguments):
+    """work(*arguments) of this process, once all processes have done theirs.
+
+    A RunError or ValueError on one of them (a shard is damaged, the disk is full) is raised on
+    all, so that none is left waiting for another.
+    """
+    result = error = None
+    try:
+        result = work(*arguments)
+    except (RunError, ValueError) as raised:
+        error = raised
+    errors = [error]
+    if group is not None:
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=group)
+    for error in filter(None, errors):
+        raise error
+    return result
+
+
+def on_rank_0(group, work, *arguments):
+    """The same for what rank 0 does alone: its result there, None on the other ranks."""
+    return on_all_ranks(group, work if ranks()[0] == 0 else _nothing, *arguments)
+
+
+def _nothing(*_):
+    return None
+
+
+def from_rank_0(group, value):
+    """The value of rank 0, on all ranks. It must be something that pickle takes."""
+    values = [value]
+    if group is not None:
+        dist.broadcast_object_list(values, group=group)
+    return values[0]
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C: the step is finished, a checkpoint written, and all ranks leave together.
+
+    Without torchrun a second Ctrl-C leaves at once. torchrun repeats signals, and its own patience
+    decides.
+    """
+
+    def __init__(self, group):
+        self.received, self.group = False, group
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.received = True
+        if self.group is None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self):
+        """True on all ranks or on none. The flag travels between hosts: no device waits for it."""
+        if self.group is None:
+            return self.received
+        flag = torch.tensor(float(self.received))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return flag.item() > 0
