@@ -1,11 +1,11 @@
 # Shrinks any mixer's config to minutes on two CPU cores, on the embedded corpus:
-# python prepare_data.py && torchrun --standalone --nproc_per_node=1 train.py config/tbp.py config/laptop.py
+# python prepare_data.py && python train.py config/tbp.py config/laptop.py
 dataset = "stdlib"
 out_dir = f"out/laptop-{mixer}"
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 128
 batch_size = 16
-total_batch_tokens = 16 * 128       # 16 sequences * 128 tokens = 2,048
-max_iters = lr_decay_iters = 2000   # 4.1M tokens
+total_batch_tokens = 16 * 128  # 16 sequences * 128 tokens = 2,048
+max_iters = lr_decay_iters = 2000  # 4.1M tokens
 warmup_iters = 100
 learning_rate, min_lr = 2e-3, 2e-4
 eval_interval, eval_tokens = 250, 40 * 16 * 128

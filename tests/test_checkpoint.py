@@ -1,18 +1,24 @@
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT, assert_same_run, load, run
 
 import checkpoint
 from checkpoint import RunError
-from conftest import ROOT
 
 
 def state(step, size=1000):
-    return {**dict.fromkeys(checkpoint.KEYS), "step": step, "model": {"w": torch.full((size,), float(step))}}
+    return {
+        **dict.fromkeys(checkpoint.KEYS),
+        "step": step,
+        "model": {"w": torch.full((size,), float(step))},
+    }
 
 
 def names(folder):
@@ -34,6 +40,7 @@ def test_a_failure_while_writing_leaves_what_was_there(call, tmp_path, monkeypat
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(call, fail)
     with pytest.raises(RunError, match="ones before it are unchanged.*--init_from=resume"):
         checkpoint.save(tmp_path, state(2), keep=1, best=True)
@@ -53,14 +60,22 @@ def test_a_full_disk_leaves_what_was_there(small_disk):
     assert names(disk) == ["best.pt", "ckpt_0000002.pt", "ckpt_0000003.pt"]
 
 
-@pytest.mark.parametrize("call, count", [("torch.save", 1), ("os.fsync", 1), ("os.link", 1), ("os.replace", 1), ("os.replace", 2)])
+@pytest.mark.parametrize(
+    "call, count",
+    [("torch.save", 1), ("os.fsync", 1), ("os.link", 1), ("os.replace", 1), ("os.replace", 2)],
+)
 def test_killed_between_any_two_calls_no_checkpoint_is_lost(call, count, tmp_path, monkeypatch):
-    """The process is gone before its `count`-th call: what is there is whole, and best.pt is no older than the newest."""
+    """The process is gone before its `count`-th call: what is there is whole.
+
+    And best.pt is no older than the newest.
+    """
     checkpoint.save(tmp_path, state(1), keep=1, best=True)
     if not (child := os.fork()):
         calls = iter(range(count - 1))
         real = {"torch": torch, "os": os}[call.split(".")[0]].__dict__[call.split(".")[1]]
-        monkeypatch.setattr(call, lambda *arguments: os._exit(9) if next(calls, None) is None else real(*arguments))
+        monkeypatch.setattr(
+            call, lambda *arguments: os._exit(9) if next(calls, None) is None else real(*arguments)
+        )
         checkpoint.save(tmp_path, state(2), keep=1, best=True)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -78,11 +93,17 @@ def test_later_ones_that_are_damaged_do_not_count_as_the_newest(tmp_path):
     for step in (4, 6):
         (tmp_path / f"ckpt_{step:07d}.pt").write_bytes(b"")
     checkpoint.save(tmp_path, state(3), keep=1, best=False)
-    assert checkpoint.load(checkpoint.latest(tmp_path))["step"] == 3 and not (tmp_path / "ckpt_0000002.pt").exists()
+    assert (
+        checkpoint.load(checkpoint.latest(tmp_path))["step"] == 3
+        and not (tmp_path / "ckpt_0000002.pt").exists()
+    )
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
-    """Records carry a checksum; what none covers (padding, timestamps) may change, what is loaded may not."""
+    """Records carry a checksum. What none covers (padding, timestamps) may change.
+
+    What is loaded may not.
+    """
     path = checkpoint.save(tmp_path, state(1, 300), keep=1, best=False)
     whole, wanted = path.read_bytes(), torch.full((300,), 1.0)
     noticed = 0
@@ -97,8 +118,14 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     assert noticed > len(whole) / 7 / 3
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"", "not a whole checkpoint"), (b"PK\x03\x04nonsense", "not a whole checkpoint"), (None, "no such checkpoint")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "not a whole checkpoint"),
+        (b"PK\x03\x04nonsense", "not a whole checkpoint"),
+        (None, "no such checkpoint"),
+    ],
+)
 def test_what_is_no_checkpoint_is_refused(content, says, tmp_path):
     if content is not None:
         (tmp_path / "x.pt").write_bytes(content)
@@ -116,8 +143,13 @@ def test_another_kind_of_torch_file_is_refused(tmp_path):
 
 
 def test_the_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
-    code = "import checkpoint, sys, time; held = checkpoint.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    code = (
+        "import checkpoint, sys, time; held = checkpoint.lock(sys.argv[1]); "
+        "print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RunError, match="another run is writing to"):
         checkpoint.lock(tmp_path)
@@ -134,8 +166,16 @@ def test_metrics_drop_what_lies_beyond_the_step_and_half_a_line(tmp_path):
         file.write('{"step": 6, "lo')
     checkpoint.Metrics(tmp_path, 3).write(step=4, loss=2.0)
     checkpoint.Metrics(tmp_path, 4)
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, None), (3, 1.0), (4, 2.0)]
+    lines = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [(line["step"], line["loss"]) for line in lines] == [
+        (1, 1.0),
+        (2, None),
+        (3, 1.0),
+        (4, 2.0),
+    ]
     checkpoint.Metrics(tmp_path, None)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
@@ -143,7 +183,9 @@ def test_metrics_drop_what_lies_beyond_the_step_and_half_a_line(tmp_path):
 def test_a_full_disk_is_no_traceback_for_metrics(small_disk):
     disk, grow = small_disk
     metrics = checkpoint.Metrics(disk, None)
-    with pytest.raises(RunError, match="metrics.jsonl: could not be written .No space left.*--init_from=resume"):
+    with pytest.raises(
+        RunError, match="metrics.jsonl: could not be written .No space left.*--init_from=resume"
+    ):
         for step in range(100_000):
             metrics.write(step=step, loss=1.0)
     metrics.file.close()
@@ -152,3 +194,70 @@ def test_a_full_disk_is_no_traceback_for_metrics(small_disk):
     metrics.write(step=step, loss=1.0)
     metrics.file.close()
     assert len((disk / "metrics.jsonl").read_text().splitlines()) == step + 1
+
+
+def fail_with(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EMLINK])
+def test_without_hard_links_the_best_is_a_copy(number, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.link", fail_with(number))
+    for step, best in ((1, True), (2, True), (3, False)):
+        checkpoint.save(tmp_path, state(step), keep=1, best=best)
+    assert names(tmp_path) == ["best.pt", "ckpt_0000003.pt"]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
+    assert checkpoint.load(tmp_path / "ckpt_0000003.pt")["step"] == 3
+
+
+def test_a_copy_that_finds_the_disk_full_leaves_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.link", fail_with(errno.EPERM))
+    checkpoint.save(tmp_path, state(1), keep=1, best=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("shutil.copyfileobj", fail_with(errno.ENOSPC))
+    with pytest.raises(RunError, match="No space left on device.*ones before it are unchanged"):
+        checkpoint.save(tmp_path, state(2), keep=1, best=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_file_locks_a_run_is_warned_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fcntl.flock", fail_with(errno.ENOLCK))
+    (tmp_path / "best.tmp").write_bytes(b"half")
+    checkpoint.lock(tmp_path).close()
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "another run" not in said
+    assert f"{tmp_path} cannot be locked here (No locks available)" in said
+    assert not (tmp_path / "best.tmp").exists()
+
+
+# ---- checkpoints of commit 4e260d0, the first ones that others have -----------------------------
+
+OLD_KEYS = "model optimizer step best_val evaluated tallied tally config model_config command "
+OLD_KEYS += "tokenizer n_vocab shards"
+
+
+def as_4e260d0_wrote_it(state):
+    """The same run's checkpoint in that commit's layout."""
+    old = {**state, "tallied": state["logged_step"]}
+    del old["logged_step"], old["provenance"]
+    assert sorted(old) == sorted(OLD_KEYS.split())
+    return old
+
+
+@pytest.mark.parametrize("mixer", ["sinkhorn", "tbp"])
+def test_a_checkpoint_of_the_first_layout_resumes_and_samples(mixer, tiny, tmp_path):
+    tiny += [f"--mixer={mixer}"]
+    run(*tiny, "--checkpoint_interval=3", "--eval_interval=3")
+    folder = tmp_path / "out"
+    shutil.copy(folder / "ckpt_0000006.pt", tmp_path / "wanted.pt")
+    (folder / "ckpt_0000006.pt").unlink()
+    path = folder / "ckpt_0000003.pt"
+    torch.save(as_4e260d0_wrote_it(load(path)), path)
+    sample = ["sample.py", f"--checkpoint={path}", "--max_new_tokens=3", "--device=cpu"]
+    assert "--- sample 3 ---" in run(*sample)
+    output = run(*tiny, "--checkpoint_interval=3", "--eval_interval=3", "--init_from=resume")
+    assert "at step 3" in output and "changed since" not in output
+    assert_same_run(folder / "ckpt_0000006.pt", tmp_path / "wanted.pt")

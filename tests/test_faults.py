@@ -1,4 +1,8 @@
-"""Kills, signals, damage, full disks, numbers that are not finite, and a long run: what a training run must survive."""
+"""What a training run must survive.
+
+Kills, signals, damage, full disks, numbers that are not finite, and a long run.
+"""
+
 import os
 import random
 import shutil
@@ -11,18 +15,34 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import (
+    ROOT,
+    assert_same_run,
+    load,
+    records,
+    run,
+    run_with,
+    same_weights,
+    start,
+    torchrun,
+    wait_for,
+    write_data_set,
+)
 
 from checkpoint import latest
-from conftest import ROOT, assert_same_run, load, records, run, run_with, same_weights, start, torchrun, wait_for, write_data_set
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def workers(process):
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
-# ---- killed ---------------------------------------------------------------------------------------------------------
+# ---- killed --------------------------------------------------------------------------------------
+
 
 def wait_for_a_write(process, out_dir):
     """Returns while a checkpoint is being written, or when the process has ended."""
@@ -31,14 +51,33 @@ def wait_for_a_write(process, out_dir):
 
 
 @linux
-@pytest.mark.parametrize("processes, compiled, kills", [
-    (1, False, 20), (2, False, 5), (1, True, 3), *(pytest.param(*case, 20, marks=pytest.mark.long) for case in
-                                                   [(2, False), (1, True), (2, True)])])
+@pytest.mark.parametrize(
+    "processes, compiled, kills",
+    [
+        (1, False, 20),
+        (2, False, 5),
+        (1, True, 3),
+        *(
+            pytest.param(*case, 20, marks=pytest.mark.long)
+            for case in [(2, False), (1, True), (2, True)]
+        ),
+    ],
+)
 def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report):
-    """SIGKILL at random moments, among them while a checkpoint is being written, until the run is through: it ends with
-    the bits of a run that was never killed."""
-    tiny += ["--max_iters=300", "--checkpoint_interval=1", "--eval_interval=20", "--lr_decay_iters=300", "--init_from=auto",
-             "--n_layer=1", "--n_streams=2", f"--compile={compiled}"]
+    """SIGKILL at random moments, some while a checkpoint is written, until the run is through.
+
+    It ends with the bits of a run that was never killed.
+    """
+    tiny += [
+        "--max_iters=300",
+        "--checkpoint_interval=1",
+        "--eval_interval=20",
+        "--lr_decay_iters=300",
+        "--init_from=auto",
+        "--n_layer=1",
+        "--n_streams=2",
+        f"--compile={compiled}",
+    ]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     output, _ = start(tiny, processes, **cache).communicate(timeout=600)
     assert "finished" in output, output
@@ -47,7 +86,7 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
     generator, killed, writing = random.Random(0), 0, 0
     while killed < kills or writing < kills // 4:
         process = start(tiny, processes, **cache)
-        if killed % 5 == 0:                                     # while it is still starting
+        if killed % 5 == 0:  # while it is still starting
             time.sleep(generator.uniform(0, 2))
         else:
             for _ in range(generator.randrange(1, 6)):
@@ -58,13 +97,18 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
         for pid in (process.pid, *workers(process)):
             os.kill(pid, signal.SIGKILL)
         output, _ = process.communicate()
-        assert "finished" not in output, f"too fast for {kills} kills: after {killed} it was through; raise --max_iters"
+        assert "finished" not in output, (
+            f"too fast for {kills} kills: after {killed} it was through; raise --max_iters"
+        )
         killed += 1
         writing += any(out_dir.glob("*.tmp"))
     output, _ = start(tiny, processes, **cache).communicate(timeout=600)
     assert "resumed" in output and "finished" in output and "another run" not in output, output
-    report(f"killed {killed} times, {writing} of them while a checkpoint was being written: the same bits "
-           f"({processes} process{'es' * (processes > 1)}, {'compiled' if compiled else 'eager'})")
+    report(
+        f"killed {killed} times, {writing} of them while a checkpoint was being written: "
+        "the same bits "
+        f"({processes} process{'es' * (processes > 1)}, {'compiled' if compiled else 'eager'})"
+    )
     for name in ("ckpt_0000300.pt", "best.pt"):
         assert_same_run(tmp_path / "reference" / name, out_dir / name)
     assert records(out_dir) == records(tmp_path / "reference")
@@ -73,36 +117,59 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
 
 @linux
 def test_torchrun_recovers_from_a_worker_that_dies(tiny, tmp_path):
-    tiny += ["--max_iters=60", "--checkpoint_interval=10", "--eval_interval=50", "--lr_decay_iters=60", "--init_from=auto"]
+    tiny += [
+        "--max_iters=60",
+        "--checkpoint_interval=10",
+        "--eval_interval=50",
+        "--lr_decay_iters=60",
+        "--init_from=auto",
+    ]
     process = start(["--max-restarts=2", *tiny], processes=2)
     for step, worker in ((25, 1), (45, 0)):
         wait_for(process, f"step {step}/")
         os.kill(workers(process)[worker], signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "resumed from" in output and "finished: 60 steps" in output, output
+    assert (
+        process.returncode == 0 and "resumed from" in output and "finished: 60 steps" in output
+    ), output
     torchrun(2, *tiny, f"--out_dir={tmp_path}/reference")
-    assert_same_run(tmp_path / "reference" / "ckpt_0000060.pt", tmp_path / "out" / "ckpt_0000060.pt")
+    assert_same_run(
+        tmp_path / "reference" / "ckpt_0000060.pt", tmp_path / "out" / "ckpt_0000060.pt"
+    )
 
 
-# ---- stopped --------------------------------------------------------------------------------------------------------
+# ---- stopped -------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_finishes_the_step_and_saves(number, processes, tiny, tmp_path):
-    process = start([*tiny, "--max_iters=100000", "--checkpoint_interval=100000", "--eval_interval=100000"], processes)
+    process = start(
+        [*tiny, "--max_iters=100000", "--checkpoint_interval=100000", "--eval_interval=100000"],
+        processes,
+    )
     wait_for(process, "step 20/")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert "by a signal; go on with --init_from=resume" in output and "Error" not in output.split("SignalException")[0]
+    assert (
+        "by a signal; go on with --init_from=resume" in output
+        and "Error" not in output.split("SignalException")[0]
+    )
     assert processes > 1 or process.returncode == 0
-    newest, = (tmp_path / "out").glob("ckpt_*.pt")
+    (newest,) = (tmp_path / "out").glob("ckpt_*.pt")
     assert load(newest)["step"] == records(tmp_path / "out")[-1]["step"] >= 20
 
 
 def test_stops_between_log_lines_and_evaluations_change_nothing(tiny, tmp_path):
-    tiny += ["--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--checkpoint_interval=100", "--log_interval=5"]
+    tiny += [
+        "--max_iters=12",
+        "--lr_decay_iters=12",
+        "--eval_interval=4",
+        "--checkpoint_interval=100",
+        "--log_interval=5",
+    ]
     run(*tiny, f"--out_dir={tmp_path}/reference")
-    for calls in (4, 2, 1, 1):                  # steps 4, an evaluation's, 6, 7 and 8
+    for calls in (4, 2, 1, 1):  # steps 4, an evaluation's, 6, 7 and 8
         stop = f"""
 step = torch.optim.AdamW.step
 def step_and_stop(self):
@@ -118,22 +185,36 @@ torch.optim.AdamW.step = step_and_stop"""
 
 
 def by_hand(rank, port):
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def test_a_signal_to_one_rank_stops_all_cleanly(tiny, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start([*tiny, "--max_iters=100000", "--eval_interval=100000"], **by_hand(rank, port)) for rank in range(2)]
+    ranks = [
+        start([*tiny, "--max_iters=100000", "--eval_interval=100000"], **by_hand(rank, port))
+        for rank in range(2)
+    ]
     wait_for(ranks[0], "step 20/")
     ranks[1].send_signal(signal.SIGTERM)
     outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0] and "by a signal" in outputs[0] and outputs[1] == "", outputs
+    assert (
+        [rank.returncode for rank in ranks] == [0, 0]
+        and "by a signal" in outputs[0]
+        and outputs[1] == ""
+    ), outputs
     assert load(latest(tmp_path / "out"))["step"] == records(tmp_path / "out")[-1]["step"]
 
 
-# ---- damaged, full --------------------------------------------------------------------------------------------------
+# ---- damaged, full -------------------------------------------------------------------------------
+
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, tmp_path):
     run(*tiny)
@@ -143,9 +224,9 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, tmp_path):
     whole = bytearray(newest.read_bytes())
     for damage in ("truncated", "one bit"):
         if damage == "truncated":
-            newest.write_bytes(whole[:len(whole) // 2])
+            newest.write_bytes(whole[: len(whole) // 2])
         else:
-            with zipfile.ZipFile(reference) as archive:         # in the middle of the largest tensor
+            with zipfile.ZipFile(reference) as archive:  # in the middle of the largest tensor
                 largest = max(archive.infolist(), key=lambda i: i.file_size)
             flipped = bytearray(whole)
             flipped[largest.header_offset + largest.file_size // 2 + 200] ^= 4
@@ -159,24 +240,48 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, tmp_path):
 def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(processes, tiny, small_disk, tmp_path):
     disk, grow = small_disk
     torchrun(processes, *tiny)
-    tiny += [f"--out_dir={disk}/out", "--init_from=auto", "--keep_checkpoints=9", "--checkpoint_interval=1"]
+    tiny += [
+        f"--out_dir={disk}/out",
+        "--init_from=auto",
+        "--keep_checkpoints=9",
+        "--checkpoint_interval=1",
+    ]
     process = start(tiny, processes)
-    output, _ = process.communicate(timeout=60)                 # at once: no rank waits for another
-    refusal = output.split("torch/distributed/elastic")[0]      # what comes before torchrun's own report
-    assert process.returncode and "could not be written" in refusal and "Traceback" not in refusal, output
+    output, _ = process.communicate(timeout=60)  # at once: no rank waits for another
+    refusal = output.split("torch/distributed/elastic")[
+        0
+    ]  # what comes before torchrun's own report
+    assert (
+        process.returncode and "could not be written" in refusal and "Traceback" not in refusal
+    ), output
     assert latest(disk / "out") and not list(disk.glob("out/*.tmp"))
     grow()
     torchrun(processes, *tiny)
     assert_same_run(disk / "out" / "ckpt_0000006.pt", tmp_path / "out" / "ckpt_0000006.pt")
 
 
-# ---- not finite -----------------------------------------------------------------------------------------------------
+# ---- not finite ----------------------------------------------------------------------------------
+
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny, tmp_path):
-    output = run(*tiny, "--learning_rate=1e38", "--min_lr=1e38", "--grad_clip=0.0", "--warmup_iters=0", "--max_bad_steps=3",
-                 "--max_iters=50", "--eval_interval=1000", "--checkpoint_interval=1", ok=False)
+    output = run(
+        *tiny,
+        "--learning_rate=1e38",
+        "--min_lr=1e38",
+        "--grad_clip=0.0",
+        "--warmup_iters=0",
+        "--max_bad_steps=3",
+        "--max_iters=50",
+        "--eval_interval=1000",
+        "--checkpoint_interval=1",
+        ok=False,
+    )
     assert "1 not finite, skipped (3 in a row)" in output
-    assert "3 steps in a row" in output and "last good checkpoint is" in output and "Lower --learning_rate" in output
+    assert (
+        "3 steps in a row" in output
+        and "last good checkpoint is" in output
+        and "Lower --learning_rate" in output
+    )
     last = records(tmp_path / "out")[-1]
     assert last["bad"] == 3 and last["skipped"] == 1 and last["loss"] is None
 
@@ -189,10 +294,13 @@ def clip_or_nan(*arguments):
 torch.nn.utils.clip_grad_norm_ = clip_or_nan"""
     tiny += ["--max_iters=10", "--log_interval=10", "--eval_interval=1000"]
     assert "3 steps in a row had a loss" in run_with(bad, *tiny, "--max_bad_steps=3", ok=False)
-    assert "3 not finite, skipped (0 in a row)" in run_with(bad, *tiny, "--max_bad_steps=4", "--init_from=auto")
+    assert "3 not finite, skipped (0 in a row)" in run_with(
+        bad, *tiny, "--max_bad_steps=4", "--init_from=auto"
+    )
 
 
-# train.py, but the loss that the last rank computes in its third step is not a number; at the end each rank tells its weights.
+# train.py, but the loss that the last rank computes in its third step is not a number. At the end
+# each rank tells its weights.
 POISON = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
@@ -202,7 +310,8 @@ def poisoned(self, idx, targets=None):
     logits, loss = forward(self, idx, targets)
     if self.training:
         steps.append(self)
-        if len(steps) == 3 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        last_rank = int(os.environ.get("WORLD_SIZE", 1)) - 1
+        if len(steps) == 3 and int(os.environ.get("RANK", 0)) == last_rank:
             loss = loss * float("nan")
     return logits, loss
 model.GPT.forward = poisoned
@@ -215,9 +324,19 @@ os.write(1, f"weights: {{weights}}\\n".encode())                # at once: the r
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(processes, tiny, tmp_path):
     (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT)))
-    output = torchrun(processes, tmp_path / "poison.py", *tiny[1:], "--checkpoint_interval=1", "--keep_checkpoints=9",
-                      f"--total_batch_tokens={64 * processes}")
-    assert "step 3/6 | loss nan" in output and "1 not finite, skipped (1 in a row)" in output and "finished: 6 steps" in output
+    output = torchrun(
+        processes,
+        tmp_path / "poison.py",
+        *tiny[1:],
+        "--checkpoint_interval=1",
+        "--keep_checkpoints=9",
+        f"--total_batch_tokens={64 * processes}",
+    )
+    assert (
+        "step 3/6 | loss nan" in output
+        and "1 not finite, skipped (1 in a row)" in output
+        and "finished: 6 steps" in output
+    )
     found = {r["step"]: (r["skipped"], r["bad"]) for r in records(tmp_path / "out") if "loss" in r}
     assert found == {step: (1, 1) if step == 3 else (0, 0) for step in range(1, 7)}
     before, bad, after = (load(tmp_path / "out" / f"ckpt_000000{step}.pt") for step in (2, 3, 4))
@@ -230,42 +349,61 @@ def test_a_log_line_tells_of_all_the_steps_since_the_one_before(tiny, tmp_path):
     tiny += ["--max_iters=21", "--eval_interval=7", "--grad_clip=0.7"]
     run(*tiny)
     run(*tiny, f"--out_dir={tmp_path}/seldom", "--log_interval=6")
-    often, seldom = ([r for r in records(tmp_path / out) if "loss" in r] for out in ("out", "seldom"))
+    often, seldom = (
+        [r for r in records(tmp_path / out) if "loss" in r] for out in ("out", "seldom")
+    )
     assert [r["step"] for r in seldom] == [1, 6, 12, 18]
     norms = [r["norm"] for r in often]
-    assert all(r["clipped"] == (norm > 0.7) and r["norm_max"] == norm for r, norm in zip(often, norms))
+    assert all(
+        r["clipped"] == (norm > 0.7) and r["norm_max"] == norm for r, norm in zip(often, norms)
+    )
     for first, record in zip((0, 1, 6, 12), seldom):
-        since = norms[first:record["step"]]
+        since = norms[first : record["step"]]
         assert record["norm_max"] == max(since)
         assert record["clipped"] == pytest.approx(statistics.mean(norm > 0.7 for norm in since))
     assert any(0 < r["clipped"] < 1 for r in seldom), "choose a --grad_clip that clips some"
     assert [r["step"] for r in records(tmp_path / "seldom") if "gain" in r] == [0, 7, 14, 21]
 
 
-# ---- two runs, two processes ----------------------------------------------------------------------------------------
+# ---- two runs, two processes ---------------------------------------------------------------------
+
 
 def test_two_runs_cannot_share_a_folder(tiny, tmp_path):
     process = start([*tiny, "--max_iters=100000", "--eval_interval=100000"])
     try:
         wait_for(process, "step 3/")
         assert "another run is writing to" in run(*tiny, ok=False)
-        with socket.socket() as taken:                          # and the port of a run of several processes
+        with socket.socket() as taken:  # and the port of a run of several processes
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
             output = run(*tiny, ok=False, **by_hand(0, port))
-            assert f"could not meet at 127.0.0.1:{port}" in output and "choose another: torchrun --standalone" in output
+            assert (
+                f"could not meet at 127.0.0.1:{port}" in output
+                and "choose another: torchrun --standalone" in output
+            )
     finally:
         process.kill()
         process.communicate()
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--init_from=resume"], "RunError: {out} has no checkpoint to resume from"),             # found by rank 0 alone
-    ([], "train_000001.bin: checksum"),                                                       # by the rank that reads this shard
-    (["--total_batch_tokens=64"], "batch_size 4 * block_size 16 * 2 processes = 128; nearest: 128"),
-])
-def test_a_refusal_on_one_rank_is_one_on_all_and_said_once(arguments, says, tiny, tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (
+            ["--init_from=resume"],
+            "RunError: {out} has no checkpoint to resume from",
+        ),  # found by rank 0 alone
+        ([], "train_000001.bin: checksum"),  # by the rank that reads this shard
+        (
+            ["--total_batch_tokens=64"],
+            "batch_size 4 * block_size 16 * 2 processes = 128; nearest: 128",
+        ),
+    ],
+)
+def test_a_refusal_on_one_rank_is_one_on_all_and_said_once(
+    arguments, says, tiny, tiny_data, tmp_path
+):
     shutil.copytree(tiny_data, tmp_path / "data")
     with open(tmp_path / "data" / "tiny" / "train_000001.bin", "r+b") as shard:
         shard.seek(2000)
@@ -273,11 +411,16 @@ def test_a_refusal_on_one_rank_is_one_on_all_and_said_once(arguments, says, tiny
     process = start([*tiny, f"--data_dir={tmp_path}/data", *arguments], processes=2)
     output, _ = process.communicate(timeout=60)
     refusal = output.split("torch/distributed/elastic")[0]
-    assert process.returncode and refusal.count(says.format(out=tmp_path / "out")) == 1 and "Traceback" not in refusal, output
+    assert (
+        process.returncode
+        and refusal.count(says.format(out=tmp_path / "out")) == 1
+        and "Traceback" not in refusal
+    ), output
     assert {path.name for path in tmp_path.glob("out/*")} <= {".lock"}
 
 
-# ---- long -----------------------------------------------------------------------------------------------------------
+# ---- long ----------------------------------------------------------------------------------------
+
 
 @linux
 @pytest.mark.long
@@ -285,8 +428,18 @@ def test_a_refusal_on_one_rank_is_one_on_all_and_said_once(arguments, says, tiny
 def test_20000_steps_leave_memory_and_file_handles_as_they_were(compiled, tiny, tmp_path, report):
     """Over 200 shards, with 50 epochs of them, 40 evaluations and 40 checkpoints."""
     write_data_set(tmp_path / "data" / "tiny", train=[260] * 200, val=[260] * 3)
-    process = start([*tiny, f"--data_dir={tmp_path}/data", "--max_iters=20000", "--lr_decay_iters=20000", "--log_interval=100",
-                     "--eval_interval=500", "--checkpoint_interval=500", f"--compile={compiled}"])
+    process = start(
+        [
+            *tiny,
+            f"--data_dir={tmp_path}/data",
+            "--max_iters=20000",
+            "--lr_decay_iters=20000",
+            "--log_interval=100",
+            "--eval_interval=500",
+            "--checkpoint_interval=500",
+            f"--compile={compiled}",
+        ]
+    )
     sizes, handles = {}, {}
     for line in process.stdout:
         if " | loss " in line:
@@ -296,6 +449,9 @@ def test_20000_steps_leave_memory_and_file_handles_as_they_were(compiled, tiny, 
             handles[step] = len(os.listdir(f"/proc/{process.pid}/fd"))
     assert process.wait() == 0
     growth = sizes[20000] / sizes[1000] - 1
-    report(f"20,000 steps, {'compiled' if compiled else 'eager'}: {sizes[1000]:.1f} MB at step 1,000, {sizes[20000]:.1f} MB at "
-           f"the end ({growth:+.2%}), largest {max(sizes.values()):.1f} MB; file handles {handles[1000]}, {handles[20000]}")
+    report(
+        f"20,000 steps, {'compiled' if compiled else 'eager'}: {sizes[1000]:.1f} MB at step 1,000, "
+        f"{sizes[20000]:.1f} MB at the end ({growth:+.2%}), largest {max(sizes.values()):.1f} MB; "
+        f"file handles {handles[1000]}, {handles[20000]}"
+    )
     assert growth < 0.02 and handles[20000] <= handles[1000]

@@ -1,0 +1,188 @@
+"""runtime.py: devices, provenance, and what it says where a system lacks something."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run, run_with
+
+import runtime
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("tpu", "device must be auto, cpu, cuda, cuda:N or mps, not 'tpu'"),
+        ("cpu:0", "not 'cpu:0'"),
+        ("cuda:99", "device = cuda:99, but this torch"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name, says):
+    with pytest.raises(ValueError, match=says):
+        runtime.pick_device(name)
+
+
+@pytest.mark.quick
+def test_dtypes():
+    assert runtime.pick_dtype("auto", CPU) == torch.float32
+    assert runtime.pick_dtype("bfloat16", CPU) == torch.bfloat16
+    with pytest.raises(ValueError, match="not 'float8'"):
+        runtime.pick_dtype("float8", CPU)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "name, flops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Radeon of tomorrow", 0),
+    ],
+)
+def test_peak_flops_by_the_name_of_the_gpu(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert runtime.peak_flops(torch.device("cuda:0")) == flops
+
+
+@pytest.mark.quick
+def test_a_cpu_promises_no_flops_and_has_a_peak_of_memory():
+    assert runtime.peak_flops(CPU) == 0
+    before = runtime.peak_memory(CPU)
+    block = torch.ones(50_000_000, dtype=torch.uint8) * 2
+    assert before + 25e6 < runtime.peak_memory(CPU) < before + 1e9
+    del block
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+def provenance_of(folder, **env):
+    code = "import runtime; print(runtime.provenance())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--x=a b"],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    return eval(done.stdout)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_provenance_names_the_commit_that_holds_the_file(tmp_path):
+    repository, copy = tmp_path / "repository", tmp_path / "repository" / "copy"
+    copy.mkdir(parents=True)
+    for folder in (tmp_path, repository, copy):
+        shutil.copy(ROOT / "runtime.py", folder)
+    nothing = {"commit": None, "clean": None}
+    assert nothing.items() <= provenance_of(tmp_path).items()  # no repository
+
+    git(repository, "init", "-q")
+    (repository / ".gitignore").write_text("copy\n__pycache__\n")
+    git(repository, "add", ".gitignore", "runtime.py")
+    git(repository, "commit", "-qm", "one")
+    done = subprocess.run(
+        ["git", "-C", repository, "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    commit = done.stdout.strip()
+    assert provenance_of(repository, PATH="/usr/bin:/bin") == {
+        "commit": commit,
+        "clean": True,
+        "torch": torch.__version__,
+        "command": "-c '--x=a b'",
+    }
+    assert nothing.items() <= provenance_of(copy).items()  # a repository that ignores the file
+    assert nothing.items() <= provenance_of(repository, PATH="").items()  # no git
+    with open(repository / "runtime.py", "a") as file:
+        file.write("# changed\n")
+    assert provenance_of(repository)["clean"] is False
+
+
+@pytest.mark.quick
+def test_differences_are_told_from_rounding():
+    wanted = {"loss": torch.tensor(5.0), "a": torch.ones(4), "rounding": torch.full((4,), 1e-9)}
+    assert not runtime.differences(wanted, wanted, tolerance=1e-3)
+    near = {"loss": torch.tensor(5.001), "a": torch.ones(4) + 1e-4, "rounding": torch.zeros(4)}
+    assert not runtime.differences(wanted, near, tolerance=1e-3)
+    far = {"loss": torch.tensor(float("nan")), "a": torch.zeros(4), "rounding": torch.ones(4)}
+    assert runtime.differences(wanted, far, tolerance=1e-3) == ["loss", "a", "rounding"]
+
+
+# The compiled model gets no gradient in its first block, as torch 2.11 once made of it.
+BREAK = """
+import model, runtime
+runtime.TESTED_TORCH = ("1.0",)
+def compile_wrongly(self, **_):
+    forward = self.blocks[0].mlp.forward
+    self.blocks[0].mlp.forward = lambda x: forward(x).detach()
+model.GPT.compile_regions = compile_wrongly
+"""
+
+
+def test_an_untested_torch_must_compile_the_gradients_that_eager_mode_has(tiny, tmp_path):
+    tiny.append("--compile=True")
+    output = run_with(BREAK, *tiny, ok=False)
+    assert "compiles this model wrongly: blocks.0.mlp.c_fc.weight" in output, output
+    assert "--compile=False" in output and runtime.TESTED_TORCH[-1] in output
+    assert not list((tmp_path / "out").glob("*.pt"))
+    for dtype in ("float32", "bfloat16"):
+        right = BREAK.replace("model.GPT.compile_regions = ", "pass # ")
+        tiny += [f"--out_dir={tmp_path}/{dtype}", f"--dtype={dtype}", "--max_iters=1"]
+        assert "is untested; compiled gradients are the eager ones" in run_with(right, *tiny)
+
+
+@pytest.mark.quick
+def test_the_tested_versions_hold_the_one_here():
+    assert runtime.torch_is_tested(), f"{torch.__version__} is not in runtime.TESTED_TORCH"
+
+
+# What Windows lacks.
+NO_MODULES = """
+import importlib.abc
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("fcntl", "resource"):
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+sys.meta_path.insert(0, Missing())
+for name in ("fcntl", "resource"):
+    sys.modules.pop(name, None)
+"""
+
+
+def test_trains_and_samples_without_fcntl_and_resource(tiny, tmp_path):
+    output = run_with(NO_MODULES, *tiny)
+    assert "cannot be locked here (No module named 'fcntl'); see to it yourself" in output
+    assert "finished: 6 steps" in output and "peak memory" not in output
+    sample = ["sample.py", f"--out_dir={tmp_path}/out", "--max_new_tokens=3", "--device=cpu"]
+    assert "--- sample 3 ---" in run_with(NO_MODULES, *sample)
+
+
+def test_print0_and_on_rank_0_without_torchrun(capsys):
+    runtime.print0("one", 2)
+    assert capsys.readouterr().out == "one 2\n"
+    assert runtime.on_rank_0(None, max, 3, 4) == 4 == runtime.from_rank_0(None, 4)
+    with pytest.raises(runtime.RunError, match="full"):
+        runtime.on_all_ranks(None, refuse)
+
+
+def refuse():
+    raise runtime.RunError("the disk is full")
+
+
+def test_help_names_what_the_scripts_share():
+    for script in ("train.py", "sample.py"):
+        assert "--device='auto'" in run(script, "--help")
