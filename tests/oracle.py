@@ -1,4 +1,6 @@
-"""The mixers again, as slowly and plainly as they can be said: one matrix at a time, numpy, float64, loops."""
+"""The mixers again, as slowly and plainly as they can be said: one matrix at a time, in numpy,
+float64 and loops."""
+
 import itertools
 import math
 
@@ -9,8 +11,8 @@ def sigmoid(t):
     return 1 / (1 + math.exp(-t)) if t >= 0 else math.exp(t) / (1 + math.exp(t))
 
 
-def point(lo, hi, t, interval_map):
-    return lo + (hi - lo) * sigmoid(4 * t / (hi - lo + 1e-3) if interval_map == "scaled" else t)
+def point(lo, hi, t):
+    return lo + (hi - lo) * sigmoid(t)
 
 
 def identity(logits, n):
@@ -32,6 +34,31 @@ def sinkhorn(logits, n, sinkhorn_rounds=20):
     return M
 
 
+def rows(logits, n):
+    M = np.exp(np.array(logits).reshape(n, n))
+    for i in range(n):
+        M[i] /= M[i].sum()
+    return M
+
+
+def columns(logits, n):
+    M = np.exp(np.array(logits).reshape(n, n))
+    for j in range(n):
+        M[:, j] /= M[:, j].sum()
+    return M
+
+
+def orthogonal(logits, n):
+    M, t = np.eye(n), iter(logits)
+    for i in range(n):
+        for j in range(i + 1, n):
+            angle, rotation = next(t), np.eye(n)
+            rotation[i, i] = rotation[j, j] = math.cos(angle)
+            rotation[i, j], rotation[j, i] = -math.sin(angle), math.sin(angle)
+            M = rotation @ M
+    return M
+
+
 def permutation(logits, n):
     weights = np.exp(np.array(logits) - max(logits))
     weights /= weights.sum()
@@ -48,19 +75,19 @@ def kronecker(logits, n):
         if rest % p:
             p += 1
             continue
-        M = np.kron(permutation(logits[used:used + math.factorial(p)], p), M)
+        M = np.kron(permutation(logits[used : used + math.factorial(p)], p), M)
         used, rest = used + math.factorial(p), rest // p
     return M
 
 
-def tbp(logits, n, interval_map="plain"):
+def tbp(logits, n):
     t = iter(logits)
     r, c, M = np.ones(n), np.ones(n), np.zeros((n, n))
     for i in range(n - 1):
         for j in range(n - 1):
-            lo = max(0, r[i] - c[j + 1:].sum(), c[j] - r[i + 1:].sum())
+            lo = max(0, r[i] - c[j + 1 :].sum(), c[j] - r[i + 1 :].sum())
             hi = min(r[i], c[j])
-            M[i, j] = point(lo, hi, next(t), interval_map)
+            M[i, j] = point(lo, hi, next(t))
             r[i] -= M[i, j]
             c[j] -= M[i, j]
         M[i, n - 1] = r[i]
@@ -69,16 +96,16 @@ def tbp(logits, n, interval_map="plain"):
     return M
 
 
-def rtbp(logits, n, interval_map="plain"):
+def rtbp(logits, n):
     t = iter(logits)
 
     def choose(lo, hi):
-        return point(lo, hi, next(t), interval_map)
+        return point(lo, hi, next(t))
 
     def spread(mass, w):
         if len(w) == 1:
             return [mass]
-        left, right = w[:len(w) // 2], w[len(w) // 2:]
+        left, right = w[: len(w) // 2], w[len(w) // 2 :]
         m = choose(max(0, mass - sum(right)), min(mass, sum(left)))
         return spread(m, left) + spread(mass - m, right)
 
@@ -94,7 +121,12 @@ def rtbp(logits, n, interval_map="plain"):
             corner = choose(max(0, r[-1] - c[:-1].sum()), min(r[-1], c[-1]))
             column = np.array(spread(c[-1] - corner, list(r[:-1])))
             row = np.array(spread(r[-1] - corner, list(c[:-1])))
-            return np.block([[solve(r[:-1] - column, c[:-1] - row), column[:, None]], [row[None], np.array([[corner]])]])
+            return np.block(
+                [
+                    [solve(r[:-1] - column, c[:-1] - row), column[:, None]],
+                    [row[None], np.array([[corner]])],
+                ]
+            )
         h = n // 2
         R1, C1, C2 = r[:h].sum(), c[:h].sum(), c[h:].sum()
         m11 = choose(max(0, R1 - C2), min(R1, C1))
@@ -108,5 +140,16 @@ def rtbp(logits, n, interval_map="plain"):
     return solve(np.ones(n), np.ones(n))
 
 
-ORACLES = {"residual": identity, "identity": identity, "hc": hc, "sinkhorn": sinkhorn, "permutation": permutation,
-           "kronecker": kronecker, "tbp": tbp, "rtbp": rtbp}
+ORACLES = {
+    "residual": identity,
+    "identity": identity,
+    "hc": hc,
+    "rows": rows,
+    "columns": columns,
+    "orthogonal": orthogonal,
+    "sinkhorn": sinkhorn,
+    "permutation": permutation,
+    "kronecker": kronecker,
+    "tbp": tbp,
+    "rtbp": rtbp,
+}

@@ -1,0 +1,229 @@
+"""Hyper-connections against the plain formulas of their docstring, derived by autograd."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mixers import MIXERS, Mixer, ds_error, mixing_matrix, n_logits
+from streams import (
+    HyperConnection,
+    ReadOut,
+    Residual,
+    Streams,
+    mean_square,
+    scale_rows,
+    start_streams,
+)
+
+MIXING = [name for name in MIXERS if not MIXERS[name].one_stream]
+
+
+def rms_norm(x):
+    """x (B, T, n, C) -> (B, T, n*C), over all numbers of a token, without a gain."""
+    return F.rms_norm(x.flatten(2), (x.shape[2] * x.shape[3],), eps=1e-6)
+
+
+def plain_logits(module, x):
+    """bias + alpha * f(phi @ RMSNorm(x)), part by part: (B, T, size) for each part."""
+    bias = module.bias.split(module.sizes)
+    if not module.dynamic:
+        return [b.expand(*x.shape[:2], -1) for b in bias]
+    z = (rms_norm(x) @ module.phi.t()).split(module.sizes, -1)
+    f = [z_.tanh() if squash else z_ for z_, squash in zip(z, module.squashed)]
+    return [b + a * f_ for b, a, f_ in zip(bias, module.alpha, f)]
+
+
+def plain_hyper_connection(hc, x, branch):
+    """u = sum_j a_j x_j, x'_i = sum_j M_ij x_j + w_i F(u), one formula after the other."""
+    n = hc.n_streams
+    a, w, mix = plain_logits(hc, x)
+    if not hc.free_gates:
+        a, w = a.sigmoid(), 2 * w.sigmoid()
+    K = n_logits(hc.mixer, n)
+    M = mixing_matrix(hc.mixer, mix[..., :K], n, **hc.options)
+    scales = mix[..., K:].exp()  # none, one for all rows, or one a row
+    if scales.shape[-1]:
+        M = scales[..., None] * M
+    v = branch(torch.einsum("btj,btjc->btc", a, x))
+    return torch.einsum("btij,btjc->btic", M, x) + w[..., None] * v[:, :, None]
+
+
+def noisy(module, seed=0):
+    """The module in float64, its parameters away from their start."""
+    torch.manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return module
+
+
+def assert_same_with_gradients(mine, plain, leaves):
+    """Two tensors and their gradients for the leaves, in float64."""
+    weight = torch.randn_like(plain)
+    torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-10)
+    gradients = [torch.autograd.grad((t * weight).sum(), leaves) for t in (mine, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
+CASES = [
+    *[(name, {}) for name in MIXING],
+    ("tbp", {"gates": "free"}),
+    ("hc", {"gates": "bounded"}),
+    ("identity", {"gates": "free"}),
+    ("tbp", {"mix_scale": "sublayer"}),
+    ("tbp", {"mix_scale": "stream"}),
+    ("hc", {"mix_scale": "stream"}),
+    ("identity", {"mix_scale": "stream"}),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name, knobs", CASES)
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("n", [2, 4])
+def test_hyper_connection_and_its_gradients_are_the_plain_formulas(name, knobs, dynamic, n):
+    hc = noisy(HyperConnection(name, n, 6, dynamic=dynamic, mix_start=0.3, **knobs))
+    branch = noisy(torch.nn.Linear(6, 6))
+    x = torch.randn(2, 3, n, 6, dtype=torch.float64, requires_grad=True)
+    new = hc(Streams(x, mean_square(x)), branch)
+    if dynamic:
+        torch.testing.assert_close(new.mean_square, (new.x**2).mean((-2, -1)))
+    plain = plain_hyper_connection(hc, x, branch)
+    assert_same_with_gradients(new.x, plain, [x, *hc.parameters(), *branch.parameters()])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_read_out_and_its_gradients_are_the_plain_formulas(dynamic):
+    read_out = noisy(ReadOut(3, 6, dynamic=dynamic))
+    x = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=True)
+    (r,) = plain_logits(read_out, x)
+    plain = torch.einsum("btj,btjc->btc", r.sigmoid(), x)
+    out = read_out(Streams(x, mean_square(x)))
+    assert_same_with_gradients(out, plain, [x, *read_out.parameters()])
+
+
+@pytest.mark.quick
+def test_read_out_starts_as_the_mean():
+    x = torch.randn(2, 5, 4, 6)
+    out = ReadOut(4, 6)(Streams(x, mean_square(x)))
+    torch.testing.assert_close(out, x.mean(2))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name, knobs", CASES)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_starts_as_x_plus_branch_on_equal_streams(name, knobs, dynamic):
+    hc, branch = HyperConnection(name, 4, 6, dynamic=dynamic, **knobs), torch.nn.Linear(6, 6)
+    x = torch.randn(2, 3, 6)
+    new = hc(start_streams(x, 4), branch).x
+    expected = (x + branch(x))[:, :, None].expand(2, 3, 4, 6)
+    torch.testing.assert_close(new, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_every_layer_reads_another_stream_most():
+    """Layer l reads stream l % n with weight read_start, and the others share the rest."""
+    streams = start_streams(torch.randn(1, 1, 6), 3)
+    for layer in range(7):
+        hc = HyperConnection("tbp", 3, 6, layer=layer, read_start=0.6)
+        read, write, _ = hc.observe(streams)
+        expected = torch.full((3,), 0.2)
+        expected[layer % 3] = 0.6
+        torch.testing.assert_close(read[0, 0], expected)
+        torch.testing.assert_close(write[0, 0], torch.ones(3))
+
+
+@pytest.mark.quick
+def test_residual_adds_the_branch():
+    x, branch = torch.randn(2, 3, 6), torch.nn.Linear(6, 6)
+    streams = start_streams(x, 1)
+    torch.testing.assert_close(Residual()(streams, branch).x[:, :, 0], x + branch(x))
+
+
+@pytest.mark.quick
+def test_learned_offsets_are_added_to_the_copies():
+    x, offsets = torch.randn(2, 3, 6), torch.randn(4, 6)
+    streams = start_streams(x, 4, offsets)
+    for j in range(4):
+        torch.testing.assert_close(streams.x[:, :, j], x + offsets[j])
+    torch.testing.assert_close(streams.mean_square, (streams.x**2).mean((2, 3)))
+
+
+@pytest.mark.quick
+def test_scaled_rows():
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    logits = [torch.tensor(0.0), torch.tensor(math.log(3.0))]
+    M = [[one, two], [two, one]]
+    assert torch.allclose(torch.tensor(scale_rows(M, logits, 2)), torch.tensor([[1.0, 2], [6, 3]]))
+    assert torch.allclose(
+        torch.tensor(scale_rows(M, logits[1:], 2)), torch.tensor([[3.0, 6], [6, 3]])
+    )
+    assert torch.allclose(torch.tensor(scale_rows([], logits, 2)), torch.tensor([[1.0, 0], [0, 3]]))
+    assert scale_rows(M, [], 2) is M
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_gradients_are_those_of_the_parameters_that_the_forward_had(dynamic):
+    """The backward computes the coefficients again. By then torch.func.functional_call has put the
+    module's own parameters back."""
+    torch.manual_seed(0)
+    hc = HyperConnection("tbp", 3, 6, dynamic=dynamic).double()
+    branch = torch.nn.Linear(6, 6).double()
+    x = torch.randn(2, 3, 3, 6, dtype=torch.float64)
+    streams, other = Streams(x, mean_square(x)), {}
+    for name, p in hc.named_parameters():
+        other[name] = (p + 0.3 * torch.randn_like(p)).detach().requires_grad_()
+    new = torch.func.functional_call(hc, other, (streams, branch)).x
+    gradients = torch.autograd.grad(new.square().sum(), other.values())
+    with torch.no_grad():
+        for name, p in hc.named_parameters():
+            p.copy_(other[name])
+    expected = torch.autograd.grad(hc(streams, branch).x.square().sum(), hc.parameters())
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_coefficients_are_float32_in_a_bfloat16_model(name, dynamic):
+    hc = HyperConnection(name, 4, 8, dynamic=dynamic).bfloat16()
+    torch.manual_seed(0)
+    hc.bias.data.normal_()
+    x = torch.randn(1, 3, 4, 8).bfloat16()
+    coefficients = hc.observe(Streams(x, mean_square(x)))
+    assert {t.dtype for t in coefficients} == {torch.float32}
+    assert not MIXERS[name].exact or ds_error(coefficients[2]).max() < 1e-6
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: HyperConnection("tbp", 4, 8, read_start=1.0), "read_start must lie between"),
+        (lambda: HyperConnection("tbp", 4, 8, mix_start=0.0), "between 0 and 1, not 0.0"),
+        (lambda: HyperConnection("tbp", 4, 8, sinkhorn_rounds=3), "no option 'sinkhorn_rounds'"),
+        (lambda: HyperConnection("tbp", 4, 8, gates="open"), "not 'open'"),
+        (lambda: HyperConnection("tbp", 4, 8, mix_scale="token"), "not 'token'"),
+    ],
+)
+def test_refusals_name_the_value(call, says):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert says in str(error.value)
+
+
+def test_a_new_mixer_is_a_function_and_an_entry(monkeypatch):
+    def shrink(planes, n):
+        s = planes[0].sigmoid()
+        return [[s * (i == j) + (1 - s) / n for j in range(n)] for i in range(n)]
+
+    entry = Mixer(
+        n_logits=lambda n: 1, rows=shrink, start=lambda n, eps: torch.tensor([1 - eps]).logit()
+    )
+    monkeypatch.setitem(MIXERS, "shrink", entry)
+    hc = HyperConnection("shrink", 3, 8, dynamic=False, mix_start=0.05)
+    M = hc.observe(start_streams(torch.zeros(1, 1, 8), 3))[2]
+    assert torch.allclose(M, 0.95 * torch.eye(3) + 0.05 / 3)
