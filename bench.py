@@ -48,7 +48,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from data import TokenBlocks, write_atomic, write_meta, write_shard
-from mixers import MIXERS, n_logits
+from mixers import MIXERS, OPTIONS, n_logits
 from model import GPT, GPTConfig
 
 # What to measure
@@ -69,15 +69,13 @@ n_embd = 384                        # channels of one stream
 bias = False                        # in linear layers and layer norms
 n_streams = 4                       # parallel residual streams; the residual model has 1
 dynamic = True                      # mixing depends on the token; False: learned constants of the layer
-interval_map = "plain"              # tbp and rtbp: plain or scaled
-sinkhorn_rounds = 20                # sinkhorn: normalisations of columns and rows
 # System
 device = "auto"                     # auto (cuda if there is one), cpu or cuda
 dtype = "auto"                      # of activations: auto (bfloat16 on cuda if it can, else float32), float32, bfloat16
 deterministic = True                # cuda: algorithms whose result does not depend on timing, as in training
 activation_memory_budget = 1.0      # of the mixers, see train.py; plain and residual keep all that the backward needs
 budgets = ""                        # instead of that one several, such as 1.0,0.5,0.0: a row for each
-config = configure(globals(), config_of="train.py")
+config = configure(globals(), config_of="train.py", extra=OPTIONS)
 
 RESIDUAL, PLAIN = ("residual", 1.0), ("plain", 1.0)     # a case is a pair (mixer, activation_memory_budget)
 FRESH = ("compile_s", "compile_warm_s", "peak_memory_bytes", "peak_memory_ratio", "kernels_forward", "kernels_backward",
@@ -226,7 +224,9 @@ def choose_budgets():
 
 def gpt_config(mixer):
     sizes = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    return GPTConfig(**sizes | {"mixer": mixer, "n_streams": 1 if mixer == "residual" else n_streams})
+    options = {name: config[name] for name in MIXERS[mixer].options}
+    n = 1 if MIXERS[mixer].one_stream else n_streams
+    return GPTConfig(**sizes | {"mixer": mixer, "n_streams": n, "options": options})
 
 
 def pick_device():

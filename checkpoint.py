@@ -215,8 +215,14 @@ def load_tensors(path):
 
 def model_config(path, state, GPTConfig):
     """-> the GPTConfig of a loaded state. Raises RunError if this class lacks one of its fields."""
+    values = dict(state["model_config"])
+    if "options" not in values:  # written before 0.1.0
+        rounds = values.pop("sinkhorn_rounds", 20)
+        values["options"] = {"sinkhorn_rounds": rounds} if values["mixer"] == "sinkhorn" else {}
+        if values.get("interval_map") == "plain":  # the only one that is left
+            del values["interval_map"]
     try:
-        return GPTConfig(**state["model_config"])
+        return GPTConfig(**values)
     except TypeError as error:
         raise RunError(
             f"{path}: its model is not that of this model.py ({error}). {_how_to_get_it(state)}"
@@ -292,6 +298,8 @@ def resume_arguments(argv, out_dir):
     try:
         knobs = json.loads(path.read_text())
         knobs.pop("provenance", None)
+        if knobs.get("interval_map") == "plain":  # a knob before 0.1.0, with one value left
+            del knobs["interval_map"]
         return [*(f"--{name}={value!r}" for name, value in knobs.items()), *argv]
     except (OSError, ValueError, AttributeError) as error:
         raise SystemExit(

@@ -122,6 +122,18 @@ def check_options(name, options):
             raise ValueError(f"{key} {known[key].must}, not {value!r}")
 
 
+def options_of(name, knobs):
+    """Of `knobs` {name: value}, which hold every option of OPTIONS, those that mixer `name` takes.
+
+    ValueError where another option is not at its default: it would have no effect.
+    """
+    own = find_mixer(name).options
+    for key, option in OPTIONS.items():
+        if key not in own and knobs[key] != option.default:
+            raise ValueError(f"{name} takes no option {key!r}; leave it at {option.default!r}")
+    return {key: knobs[key] for key in own}
+
+
 def mixing_matrix(name, logits, n_streams, **options):
     """The mixing matrix of mixer `name`.
 

@@ -34,8 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import runtime
 from configurator import configure
+from convert import load_gpt2
 from data import DataError, TokenBlocks, verify, write_atomic
-from mixers import composite_gain
+from mixers import OPTIONS, composite_gain, options_of
 from model import GPT, GPTConfig
 from runtime import RunError, on_all_ranks, on_rank_0, print0
 
@@ -57,15 +58,19 @@ block_size = 1024  # tokens in a sequence
 n_layer = 12
 n_head = 12
 n_embd = 768  # channels of one stream
+n_mlp = 0  # channels inside the MLP; 0: 4 * n_embd
 dropout = 0.0  # 0 is good for pretraining
 bias = False  # in linear layers and layer norms
-mixer = "tbp"  # residual, identity, hc, sinkhorn, permutation, kronecker, tbp or rtbp
+mixer = "tbp"  # residual, identity, hc, sinkhorn, permutation, kronecker, tbp, rtbp and others
 n_streams = 4  # parallel residual streams; 1 for residual
-dynamic = True  # mixing depends on the token; False: learned constants of the layer
-interval_map = "plain"  # tbp and rtbp: plain or scaled
-sinkhorn_rounds = 20  # sinkhorn: normalisations of columns and rows
+dynamic = True  # coefficients depend on the token; False: learned constants of the layer
+gates = "auto"  # reads and writes: bounded (sigmoids), free, or auto (free for hc)
+mix_scale = "none"  # a learned factor of M, 1 at the start: none, one a sublayer, one a stream
 mix_start = 0.01  # M starts as (1 - mix_start) I + mix_start / n
 read_start = 0.7  # weight of the favoured stream in a sublayer's read, at the start
+stream_start = "equal"  # streams start as equal copies, or learned: plus a vector a stream
+readout = "mean"  # what the head reads: the mean of the streams, or a learned sum
+x0_scalars = False  # residual: each block starts from r x + s x0, with r and s learned
 stream_dtype = "auto"  # of the residual state: auto (that of the activations), float32, bfloat16
 # Optimizer
 batch_size = 12  # sequences in a micro-step of one process
@@ -88,7 +93,7 @@ activation_memory_budget = 1.0  # share of the backward's needs that is kept, no
 deterministic = True  # cuda: algorithms whose result does not depend on timing; a CPU's never do
 peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
-config = configure(globals(), arguments)
+config = configure(globals(), arguments, extra=OPTIONS)
 
 
 # ---- before the first step -----------------------------------------------------------------------
@@ -166,7 +171,8 @@ def build_model(vocab_size):
     """The model at its start, the same on every rank."""
     torch.manual_seed(seed)
     sizes = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
-    return GPT(GPTConfig(vocab_size=math.ceil(vocab_size / 64) * 64, **sizes))
+    padded = math.ceil(vocab_size / 64) * 64
+    return GPT(GPTConfig(vocab_size=padded, options=options_of(mixer, config), **sizes))
 
 
 def resume(state, path, model, optimizer, progress, meta):
@@ -434,7 +440,7 @@ def main():
         del state  # a second copy of weights and moments
     elif init_from.startswith("gpt2:"):
         file = init_from.removeprefix("gpt2:")
-        model.load_gpt2(on_all_ranks(group, checkpoint.load_tensors, file))
+        load_gpt2(model, on_all_ranks(group, checkpoint.load_tensors, file))
     counts = model.parameter_counts()
     print0(
         f"model: {mixer}, {n_streams} stream{'s' * (n_streams > 1)}, {counts['total']:,} "
