@@ -5,14 +5,15 @@ Results are dicts, one a run, as study.py keeps them in results/: `measure` and 
 by seed, over the seeds that both finished. The columns of the table are means over seeds:
 
 loss            validation loss at the last step
-- residual      how much that is above residual's, with its 95 % interval (Student's t). Where the
-                interval holds 0, "within" is the largest absolute difference in it
+- residual      how much that is above residual's (or another arm's that the study refers to), with
+                its 95 % interval (Student's t). Where the interval holds 0, "within" is the largest
+                absolute difference in it
 equal time      the same difference, with the arm's loss at the moment at which residual was done,
                 by step times and interpolated between evaluations. For a slower arm it is an upper
                 bound: a run that was planned to end there would have lowered its rate by then
 speed-up        how many times sooner than residual the arm reached the last loss of whichever of
                 the two ended higher, by step times and interpolated between evaluations
-gain            the largest composite gain at an evaluation
+gain            the largest composite gain at an evaluation of any run
 
 Where learning_rate is swept, an arm stands at its best rate: the one with the lowest mean loss. A
 rate at which more runs diverged comes after one with fewer; one with fewer runs than another is
@@ -24,6 +25,7 @@ import io
 import json
 import math
 import platform
+import shlex
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,6 @@ import numpy as np
 import torch
 
 RATE = "learning_rate"
-REFERENCES = ("residual", "identity")  # every arm is compared with these, where they are
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -181,12 +182,10 @@ class Point(NamedTuple):
         times = [run["ms_per_step"] for run in self.runs.values() if run["ms_per_step"] is not None]
         return statistics.median(times) if times else None
 
-    def gain(self):
-        """The largest composite gain at an evaluation, or None where one was not finite."""
-        gains = [
-            evaluation["gain"] for run in self.runs.values() for evaluation in run["evaluations"]
-        ]
-        return None if None in gains else max(gains, default=None)
+    def largest(self, key):
+        """The largest gain or norm_max of an evaluation, of those that are finite; or None."""
+        evaluations = [each for run in self.runs.values() for each in run["evaluations"]]
+        return max((each[key] for each in evaluations if each[key] is not None), default=None)
 
 
 def gather(results):
@@ -272,12 +271,10 @@ def compare(point, reference):
         steps, values = zip(*curve(ours[seed]))
         equal_time.append(float(np.interp(theirs[seed]["steps"] / slower, steps, values)) - final)
 
-    our_curve, their_curve = (mean_curve([runs[seed] for seed in seeds]) for runs in (ours, theirs))
+    our_curve = mean_curve([ours[seed] for seed in seeds])
+    their_curve = mean_curve([theirs[seed] for seed in seeds])
     both_reach = max(our_curve[-1][1], their_curve[-1][1])
-    our_step, their_step = (
-        step_at_loss(our_curve, both_reach),
-        step_at_loss(their_curve, both_reach),
-    )
+    our_step, their_step = (step_at_loss(one, both_reach) for one in (our_curve, their_curve))
     speed_up = their_step / (our_step * slower) if our_step else None
     return Comparison(interval(losses), interval(equal_time), speed_up)
 
@@ -285,8 +282,8 @@ def compare(point, reference):
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def table_csv(results):
-    """Every point of the grid, a line each; `best` marks those that the table in words shows."""
+def table_csv(results, references):
+    """Every point of the grid, a line each; `best` marks those that table_markdown shows."""
     points = gather(results)
     chosen = best_rates(points)
     rows = []
@@ -303,11 +300,12 @@ def table_csv(results):
             "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
             "best_loss": point.mean("best_loss"),
             "ms_per_step": point.ms(),
-            "gain": point.gain(),
+            "gain": point.largest("gain"),
+            "norm": point.largest("norm_max"),
             "steps": max(run["steps"] for run in point.runs.values()),
             "tokens": max(run["tokens"] for run in point.runs.values()),
         }
-        for name in REFERENCES:
+        for name in references:
             reference = reference_of(point, name, chosen)
             if reference is None:
                 continue
@@ -324,15 +322,14 @@ def table_csv(results):
     return file.getvalue()
 
 
-def table_markdown(results):
-    """The points at their best rates, as a table to read."""
+def table_markdown(results, references):
+    """The points at their best rates, and their differences from the arms `references`."""
     points = gather(results)
     chosen = best_rates(points)
     axes = list(dict.fromkeys(knob for point in chosen for knob in point.axes))
-    names = [name for name in REFERENCES if any(point.arm == name for point in chosen)]
-    heading = ["arm", *axes, "runs", "loss", *(f"- {name}" for name in names)]
-    if "residual" in names:
-        heading += ["equal time", "speed-up"]
+    names = [name for name in references if any(point.arm == name for point in chosen)]
+    timed = ["equal time", "speed-up"] if "residual" in names else []
+    heading = ["arm", *axes, "runs", "loss", *(f"- {name}" for name in names), *timed]
     heading += ["ms a step", "gain", "diverged"]
     lines = [heading, ["---"] * len(heading)]
     for point in chosen:
@@ -344,15 +341,17 @@ def table_markdown(results):
         cells = [point.arm, *(axis_text(point, knob, points) for knob in axes)]
         cells += [str(len(point.runs)), number(point.mean("final_loss"), ".4f")]
         cells += [difference_text(against[n].loss) if n in against else "" for n in names]
-        if "residual" in names:
-            versus = against.get("residual")
-            cells += (
-                [difference_text(versus.equal_time), number(versus.speed_up, ".2f")]
-                if versus
-                else ["", ""]
-            )
+        if "residual" in against:
+            _, equal_time, speed_up = against["residual"]
+            cells += [difference_text(equal_time), number(speed_up, ".2f")]
+        else:
+            cells += ["" for _ in timed]
         diverged = len(point.runs) - len(point.finished())
-        cells += [number(point.ms(), ".0f"), number(point.gain(), ".4g"), str(diverged or "")]
+        cells += [
+            number(point.ms(), ".0f"),
+            number(point.largest("gain"), ".4g"),
+            str(diverged or ""),
+        ]
         lines.append(cells)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
@@ -400,7 +399,7 @@ def report(study, results, planned, others):
         parts.append(f"**Question.** {study.question.strip()}")
     if study.decision:
         parts.append(f"**Rule of decision, written before the runs.** {study.decision.strip()}")
-    base = " ".join([*study.files, *(f"--{knob}={value}" for knob, value in study.knobs.items())])
+    base = shlex.join([*study.files, *(f"--{knob}={value}" for knob, value in study.knobs.items())])
     parts.append(f"{len(results)} of {planned} runs are here, each of `train.py {base}`.")
     parts.append(
         f"`{study.command}` runs the others, or all of them again where results/ is empty."
@@ -410,7 +409,7 @@ def report(study, results, planned, others):
         tokens = ", ".join(f"{tokens:,}" for tokens in sorted({run["tokens"] for run in results}))
         places = sorted({provenance_text(result["provenance"]) for result in results})
         parts.append(f"Seeds: {seeds}. Tokens of a run: {tokens}. {'; '.join(places)}.")
-        parts.append(table_markdown(results).rstrip())
+        parts.append(table_markdown(results, study.references).rstrip())
     if others:
         parts.append(f"Not in the table, since the study has no such cell: {', '.join(others)}.")
     parts.append(NOTES)
@@ -418,7 +417,8 @@ def report(study, results, planned, others):
 
 
 def provenance_text(provenance):
-    """'Commit 4e260d0 (with changes), torch 2.13.0, on an AMD EPYC'."""
-    changes = "" if provenance.get("clean", True) else " (with changes)"
-    commit = (provenance.get("commit") or "not known")[:7]
-    return f"Commit {commit}{changes}, torch {provenance.get('torch')}, on {provenance['hardware']}"
+    """'Commit 4e260d0 (with changes), torch 2.13.0, an AMD EPYC'."""
+    commit = (provenance.get("commit") or "unknown")[:7]
+    changes = " (with changes)" if provenance.get("clean") is False else ""
+    torch_version = provenance.get("torch") or "unknown"
+    return f"Commit {commit}{changes}, torch {torch_version}, {provenance['hardware']}"

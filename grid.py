@@ -10,11 +10,14 @@ seed. The runs of a seed have the same initial weights and see the same batches.
     arms = {"tbp": {"mixer": "tbp"}}             the knobs of each arm, by its name
     seeds = 5                                    1 to 5; or a list
     sweep = {"learning_rate": [1e-3, 2e-3]}      the values of each swept knob
+    references = ["residual", "identity"]        the arms with which the table compares every other
 
-knobs and sweep may be left out; a name of the file's own starts with _. An arm that sets a swept
-knob itself keeps its own value. Where learning_rate is swept, min_lr moves with it, in proportion.
+knobs, sweep and references may be left out; a name of the file's own starts with _. An arm that
+sets a swept knob itself keeps its own value. Where learning_rate is swept, min_lr moves with it, in
+proportion.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -27,7 +30,8 @@ from configurator import resolve
 
 TRAIN = Path(__file__).with_name("train.py")
 TYPES = {"question": str, "decision": str, "files": list, "knobs": dict, "arms": dict}
-TYPES |= {"seeds": (int, list), "sweep": dict}  # of the names in a study's file
+TYPES |= {"seeds": (int, list), "sweep": dict, "references": list}  # of the names in its file
+DEFAULTS = {"knobs": {}, "sweep": {}, "references": ["residual", "identity"]}
 IGNORED = ("out_dir", "init_from", "data_dir")  # knobs that do not change what a run computes
 
 
@@ -45,6 +49,7 @@ class Study(NamedTuple):
     arms: dict[str, dict]
     seeds: list[int]
     sweep: dict[str, list]
+    references: list[str]
 
 
 class Cell(NamedTuple):
@@ -67,7 +72,7 @@ def is_study(path):
 
 def read_study(path):
     """The study in the file at `path`. Raises StudyError, also for what goes wrong in the file."""
-    scope = {"__name__": "study", "__file__": str(path), "knobs": {}, "sweep": {}}
+    scope = {"__name__": "study", "__file__": str(path), **copy.deepcopy(DEFAULTS)}
     try:
         exec(compile(Path(path).read_bytes(), str(path), "exec"), scope)
     except Exception as error:
@@ -76,8 +81,8 @@ def read_study(path):
     given = {name: value for name, value in scope.items() if not name.startswith("_")}
     if wrong := sorted(given.keys() ^ TYPES.keys()):
         raise StudyError(
-            f"{path}: {', '.join(wrong)}: a study has {', '.join(TYPES)}, all of them but knobs "
-            "and sweep, and no others; a name of the file's own starts with _"
+            f"{path}: {', '.join(wrong)}: a study has {', '.join(TYPES)} and nothing else, and "
+            f"only {', '.join(DEFAULTS)} may be left out; a name of the file's own starts with _"
         )
     for name, kind in TYPES.items():
         if not isinstance(given[name], kind):

@@ -223,7 +223,7 @@ def write_table(study, options):
     text = comparison.report(study, results, len(plan), others)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "table.md", text.encode())
-    write_atomic(folder / "table.csv", comparison.table_csv(results).encode())
+    write_atomic(folder / "table.csv", comparison.table_csv(results, study.references).encode())
     return text
 
 
@@ -315,7 +315,8 @@ def study_of_mixers(options, names, seeds, sweep):
     words += [word for axis in options.sweep for word in ("--sweep", axis)]
     name = Path(options.files[-1]).stem
     again = f"python study.py {shlex.join(words)}"
-    return Study(name, again, "", "", options.files, {}, arms, seeds, sweep)
+    references = ["residual", "identity"]
+    return Study(name, again, "", "", options.files, {}, arms, seeds, sweep, references)
 
 
 def read_command_line():

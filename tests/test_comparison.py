@@ -12,6 +12,7 @@ import comparison
 
 pytestmark = pytest.mark.quick
 
+REFERENCES = ["residual", "identity"]
 # Quantiles of Student's t as printed in statistical tables: degrees of freedom, two-sided level, t
 PUBLISHED = [
     (1, 0.95, 12.706),
@@ -104,7 +105,7 @@ def result(arm, seed, losses, ms=10.0, diverged=False, **axes):
 
 
 def rows_of(results):
-    return list(csv.DictReader(io.StringIO(comparison.table_csv(results))))
+    return list(csv.DictReader(io.StringIO(comparison.table_csv(results, REFERENCES))))
 
 
 def test_differences_are_paired_by_seed():
@@ -180,9 +181,9 @@ def test_each_arm_is_shown_at_its_best_rate(grid, best):
 
 def test_a_best_rate_at_the_edge_of_the_grid_says_so():
     grid = {0.001: [4.0], 0.002: [3.0], 0.004: [3.5]}
-    assert "| 0.002 |" in comparison.table_markdown(rates("tbp", grid))
+    assert "| 0.002 |" in comparison.table_markdown(rates("tbp", grid), REFERENCES)
     grid[0.004] = [2.0]
-    assert "| 0.004 (edge) |" in comparison.table_markdown(rates("tbp", grid))
+    assert "| 0.004 (edge) |" in comparison.table_markdown(rates("tbp", grid), REFERENCES)
 
 
 def test_arms_are_compared_at_their_own_best_rates():
@@ -199,12 +200,12 @@ def test_a_diverged_run_is_counted_and_has_no_loss():
     row = rows_of(results)[1]
     assert (row["runs"], row["diverged"], row["loss"]) == ("2", "1", "3.5")
     assert (row["minus_residual"], row["minus_residual_pairs"]) == ("-0.5", "1")
-    assert comparison.table_markdown(results).splitlines()[-1].endswith("| 1 |")
+    assert comparison.table_markdown(results, REFERENCES).splitlines()[-1].endswith("| 1 |")
 
 
 def test_an_arm_without_any_loss_is_in_the_table():
     results = [result("residual", 1, [6, 5, 4.0]), result("hc", 1, [6, 5, 5], diverged=True)]
-    assert "| hc | 1 | - |" in comparison.table_markdown(results)
+    assert "| hc | 1 | - |" in comparison.table_markdown(results, REFERENCES)
 
 
 def test_a_swept_knob_is_compared_at_its_own_value():

@@ -31,6 +31,7 @@ seeds = 5
 _connection = (4 + 4 + 9) * (4 * 64 + 1) + 3  # 4,372 parameters, twice a layer
 _n_mlp = 4 * 64 + round(2 * _connection / (2 * 64))  # a hidden unit has 2 * 64 weights: 324
 
+references = ["residual", "identity", "tbp", "hc"]
 # The most telling arms come first: a study that is cut short has them.
 arms = {
     "residual": {"mixer": "residual", "n_streams": 1},
