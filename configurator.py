@@ -93,9 +93,9 @@ def configure(
     return values
 
 
-def resolve(script: Path, argv: list[str]) -> dict:
-    """The knobs that `script` would have if it ran with `argv`, without running it. Refuses as `configure` does."""
-    return configure(_constants(script), argv)
+def resolve(script: Path, argv: list[str], extra: dict | None = None) -> dict:
+    """The knobs that `script` would have if it ran with `argv`; see `configure`. Runs nothing."""
+    return configure(_constants(script), argv, extra=extra)
 
 
 def _refuse(message: str) -> NoReturn:

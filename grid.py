@@ -27,16 +27,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import resolve
+from mixers import OPTIONS
+from runtime import RunError
 
 TRAIN = Path(__file__).with_name("train.py")
 TYPES = {"question": str, "decision": str, "files": list, "knobs": dict, "arms": dict}
 TYPES |= {"seeds": (int, list), "sweep": dict, "references": list}  # of the names in its file
 DEFAULTS = {"knobs": {}, "sweep": {}, "references": ["residual", "identity"]}
 IGNORED = ("out_dir", "init_from", "data_dir")  # knobs that do not change what a run computes
-
-
-class StudyError(ValueError):
-    """What the user can put right; the message says how."""
 
 
 class Study(NamedTuple):
@@ -71,22 +69,22 @@ def is_study(path):
 
 
 def read_study(path):
-    """The study in the file at `path`. Raises StudyError, also for what goes wrong in the file."""
+    """The study in the file at `path`. Raises RunError, also for what goes wrong in the file."""
     scope = {"__name__": "study", "__file__": str(path), **copy.deepcopy(DEFAULTS)}
     try:
         exec(compile(Path(path).read_bytes(), str(path), "exec"), scope)
     except Exception as error:
         reason = traceback.format_exception_only(error)[-1].strip()
-        raise StudyError(f"{path}: {reason}") from error
+        raise RunError(f"{path}: {reason}") from error
     given = {name: value for name, value in scope.items() if not name.startswith("_")}
     if wrong := sorted(given.keys() ^ TYPES.keys()):
-        raise StudyError(
+        raise RunError(
             f"{path}: {', '.join(wrong)}: a study has {', '.join(TYPES)} and nothing else, and "
             f"only {', '.join(DEFAULTS)} may be left out; a name of the file's own starts with _"
         )
     for name, kind in TYPES.items():
         if not isinstance(given[name], kind):
-            raise StudyError(f"{path}: {name} is a {type(given[name]).__name__}; see grid.py")
+            raise RunError(f"{path}: {name} is a {type(given[name]).__name__}; see grid.py")
     if isinstance(given["seeds"], int):
         given["seeds"] = list(range(1, given["seeds"] + 1))
     return Study(Path(path).stem, f"python study.py {path}", **given)
@@ -124,7 +122,7 @@ def arguments(study, knobs):
 @functools.cache
 def knobs_of(*arguments):
     """The knobs of train.py with these arguments; it refuses what train.py would."""
-    return resolve(TRAIN, arguments)
+    return resolve(TRAIN, list(arguments), extra=OPTIONS)
 
 
 def min_lr_at(study, learning_rate):
@@ -146,7 +144,7 @@ def command(cell, options):
 
 
 def check_same(cell, knobs, where):
-    """Raises StudyError unless the run at `where`, which had `knobs`, is one of this cell.
+    """Raises RunError unless the run at `where`, which had `knobs`, is one of this cell.
 
     A knob that train.py did not have when the run started has to stand at its default.
     """
@@ -157,20 +155,20 @@ def check_same(cell, knobs, where):
         if knob not in IGNORED and then[knob] != value
     ]
     if changed:
-        raise StudyError(
+        raise RunError(
             f"{where} is a run of other knobs than {cell.name} has now ({', '.join(changed)}). "
             "Give this study another --name=…, or move what is there"
         )
 
 
 def result_of(cell):
-    """The cell's file in results/, or None. Raises StudyError if it is of other knobs."""
+    """The cell's file in results/, or None. Raises RunError if it is of other knobs."""
     if not cell.result.exists():
         return None
     try:
         result = json.loads(cell.result.read_text())
     except ValueError as error:
-        raise StudyError(
+        raise RunError(
             f"{cell.result} is damaged ({error}); without it the cell runs again"
         ) from error
     check_same(cell, result["knobs"], cell.result)

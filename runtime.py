@@ -154,11 +154,12 @@ def provenance():
     """What made a result: {"commit", "clean", "torch", "command"}.
 
     commit is the one checked out in the repository that tracks this file, and clean tells whether
-    nothing there differs from it; both are None without git or such a repository.
+    nothing there differs from it but results/, where a study writes while its runs go on. Both are
+    None without git or such a repository.
     """
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
-    changes = _git("status", "--porcelain") if commit else None
+    changes = _git("status", "--porcelain", "--", ":/", ":(exclude,top)results") if commit else None
     return {
         "commit": commit,
         "clean": None if changes is None else changes == "",

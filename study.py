@@ -42,7 +42,6 @@ from grid import (
     TRAIN,
     Cell,
     Study,
-    StudyError,
     cells,
     check_same,
     command,
@@ -52,10 +51,11 @@ from grid import (
     result_of,
 )
 from mixers import MIXERS
+from runtime import RunError
 
 
 def state(cell):
-    """Of a cell, in words. Raises StudyError for a run of other knobs."""
+    """Of a cell, in words. Raises RunError for a run of other knobs."""
     if result := result_of(cell):
         return "diverged" if result["diverged"] else f"loss {result['final_loss']:.4f}"
     step = comparison.last_step(cell.folder)
@@ -127,7 +127,7 @@ def start(run, options, slot):
 
 
 def settle(run, options, stopping):
-    """Keep the result of a run that ended; -> it in words. Raises StudyError if the run failed."""
+    """Keep the result of a run that ended; -> it in words. Raises RunError if the run failed."""
     config, records = comparison.read_run(run.cell.folder)
     step, failed = comparison.last_step(run.cell.folder), run.process.returncode != 0
     skipped = [record["skipped"] for record in records if "skipped" in record]  # by log line
@@ -141,7 +141,7 @@ def settle(run, options, stopping):
         return f"cut off at step {step} of {run.steps}"
     log = run.cell.folder / "log.txt"
     end = "\n    ".join(log.read_text(errors="replace").splitlines()[-5:])
-    raise StudyError(f"failed; {log} ends with\n    {end}")
+    raise RunError(f"failed; {log} ends with\n    {end}")
 
 
 def run_grid(study, todo, options):
@@ -175,7 +175,7 @@ def run_grid(study, todo, options):
                 done += run.share(run.steps)
                 try:
                     outcome = settle(run, options, stopping)
-                except StudyError as error:
+                except RunError as error:
                     outcome = str(error)
                     failed.append(run.cell.name)
                 left = time_left(time.time() - clock, done, total, running.values())
@@ -195,20 +195,20 @@ def time_left(seconds, done, total, running):
 
 
 def run_again(study, cell, options):
-    """Run a finished cell anew, elsewhere. Raises StudyError unless all its losses are the same."""
+    """Run a finished cell anew, elsewhere. Raises RunError unless all its losses are the same."""
     first = result_of(cell)
     if first is None:
-        raise StudyError(f"{cell.name} has no result yet that a second run could be compared with")
+        raise RunError(f"{cell.name} has no result yet that a second run could be compared with")
     tries = (Path(f"{cell.folder}-again{number}") for number in itertools.count(1))
     folder = next(folder for folder in tries if not folder.exists())
     again = cell._replace(folder=folder, result=folder / "result.json")
     run_grid(study, [again], options)
     second = result_of(again)
     if second is None:
-        raise StudyError(f"{cell.name} was not run to its end; see {folder}/log.txt")
+        raise RunError(f"{cell.name} was not run to its end; see {folder}/log.txt")
     then, now = ([(e["step"], e["val"]) for e in run["evaluations"]] for run in (first, second))
     if then != now:
-        raise StudyError(
+        raise RunError(
             f"not the same losses. Then, by step: {then}, {first['provenance']}. "
             f"Now: {now}, {second['provenance']}"
         )
@@ -283,7 +283,7 @@ def parse_seeds(text):
     """'5' -> [1, 2, 3, 4, 5]; '2,3' -> [2, 3]; '2,' -> [2]."""
     seeds = parse_values(text)
     if not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise StudyError(f"--seeds={text}: give how many, such as 5, or which, such as 2,3")
+        raise RunError(f"--seeds={text}: give how many, such as 5, or which, such as 2,3")
     return seeds if "," in text else list(range(1, seeds[0] + 1))
 
 
@@ -294,23 +294,24 @@ def parse_sweep(axes):
         knob, _, values = axis.partition("=")
         sweep[knob] = parse_values(values)
         if not sweep[knob]:
-            raise StudyError(f"--sweep {axis}: write --sweep knob=value,value")
+            raise RunError(f"--sweep {axis}: write --sweep knob=value,value")
     return sweep
 
 
 def choose(what, wanted, there):
-    """The `wanted` ones of `there` in its order; None: all. Raises StudyError if one is not."""
+    """The `wanted` ones of `there` in its order; None: all. Raises RunError if one is not."""
     if missing := [str(one) for one in wanted or [] if one not in there]:
         there = ", ".join(map(str, there))
-        raise StudyError(f"there is no {what} {', '.join(missing)}; there are {there or 'none'}")
+        raise RunError(f"there is no {what} {', '.join(missing)}; there are {there or 'none'}")
     return [one for one in there if wanted is None or one in wanted]
 
 
 def study_of_mixers(options, names, seeds, sweep):
     """Config files of train.py with --mixers, as a study without a question."""
     arms = {name: {"mixer": name} for name in choose("mixer", names, MIXERS)}
-    if "residual" in arms:
-        arms["residual"]["n_streams"] = 1
+    for name, knobs in arms.items():
+        if MIXERS[name].one_stream:
+            knobs["n_streams"] = 1
     words = [*options.files, f"--mixers={options.arms}", f"--seeds={options.seeds or 5}"]
     words += [word for axis in options.sweep for word in ("--sweep", axis)]
     name = Path(options.files[-1]).stem
@@ -328,7 +329,7 @@ def read_command_line():
     if not any(is_study(path) for path in options.files):
         study = study_of_mixers(options, names, seeds or [1, 2, 3, 4, 5], sweep)
     elif len(options.files) > 1:
-        raise StudyError(f"a study stands alone, not among {', '.join(options.files)}")
+        raise RunError(f"a study stands alone, not among {', '.join(options.files)}")
     else:
         study = read_study(options.files[0])
     more = [f"--{knob}={value}" for knob, value in knobs.items()]
@@ -375,11 +376,11 @@ def main():
         failed = run_grid(study, todo, options)
     say(write_table(study, options))
     if failed:
-        raise StudyError(f"{len(failed)} runs failed, as said above: {', '.join(failed)}")
+        raise RunError(f"{len(failed)} runs failed, as said above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (StudyError, DataError, OSError) as error:
+    except (RunError, DataError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

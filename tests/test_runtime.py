@@ -107,6 +107,9 @@ def test_provenance_names_the_commit_that_holds_the_file(tmp_path):
     }
     assert nothing.items() <= provenance_of(copy).items()  # a repository that ignores the file
     assert nothing.items() <= provenance_of(repository, PATH="").items()  # no git
+    (repository / "results").mkdir()
+    (repository / "results" / "table.md").write_text("a study writes here while its runs go on")
+    assert provenance_of(repository)["clean"] is True
     with open(repository / "runtime.py", "a") as file:
         file.write("# changed\n")
     assert provenance_of(repository)["clean"] is False

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT, TINY, records, run, run_with
@@ -16,8 +17,9 @@ from conftest import ROOT, TINY, records, run, run_with
 import comparison
 import grid
 import study
-from configurator import resolve
-from mixers import MIXERS
+from mixers import MIXERS, options_of
+from model import GPTConfig
+from runtime import RunError
 
 STUDIES = sorted((ROOT / "config" / "studies").glob("*.py"))
 
@@ -42,8 +44,8 @@ def call(tmp_path, monkeypatch, capsys):
         error = ""
         try:
             study.main()
-        except (grid.StudyError, SystemExit) as raised:
-            error = str(raised) if isinstance(raised, grid.StudyError) else "exit"
+        except (RunError, SystemExit) as raised:
+            error = str(raised) if isinstance(raised, RunError) else "exit"
         assert bool(error) != ok, error
         captured = capsys.readouterr()
         return captured.out + captured.err + error
@@ -229,12 +231,10 @@ def test_the_studies_of_this_repository(path):
     assert one.question.endswith("?") and len(one.decision) > 40 and len(one.seeds) >= 5
     assert len(path.read_text().splitlines()) < 80
     for arm, knobs in one.arms.items():
-        if "gates" in knobs or "mix_scale" in knobs or "n_mlp" in knobs:
-            continue  # knobs that model.py is about to have
-        if knobs["mixer"] not in MIXERS:
-            continue
-        config = resolve(grid.TRAIN, grid.arguments(one, {**one.knobs, **knobs}))
-        assert config["mixer"] in MIXERS, arm
+        config = grid.knobs_of(*grid.arguments(one, {**one.knobs, **knobs}))
+        sizes = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+        GPTConfig(**sizes, options=options_of(config["mixer"], config))  # raises what it refuses
+        assert config["out_dir"].startswith("out/laptop"), arm
 
 
 @pytest.mark.quick
@@ -299,9 +299,8 @@ def test_a_run_of_other_knobs_is_not_taken_for_a_cell(call, tiny_study, tmp_path
     """Neither a result nor a run that was cut off; a knob that was new since is at its default."""
     path = tiny_study()
     one = grid.read_study(path)
-    knobs = resolve(
-        grid.TRAIN, grid.arguments(one, {**one.knobs, **one.arms["identity"], "seed": 1})
-    )
+    arguments = grid.arguments(one, {**one.knobs, **one.arms["identity"], "seed": 1})
+    knobs = dict(grid.knobs_of(*arguments))
     del knobs["read_start"]
     kept = tmp_path / "results/tiny/identity/seed1.json"
     begun = tmp_path / "out/studies/tiny/residual/seed2"

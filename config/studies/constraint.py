@@ -10,7 +10,8 @@ seeds. A variant between them explains the part of the gap that it closes, if it
 tbp leaves out 0: gates (hc_bounded, tbp_free, identity_free), one number a sublayer or a stream
 beside an exact M (tbp_scale, tbp_stream_scale, diagonal), sums of rows or of columns alone (rows,
 columns), signs (orthogonal). A mixer helps at all only if it is below residual_wide, which has as
-many parameters as tbp. Intervals that hold 0 are reported with their bound, not as "the same"."""
+many parameters as tbp, and below residual_scalars, which costs nothing. Intervals that hold 0 are
+reported with their bound, not as "the same"."""
 
 files = ["config/laptop.py"]
 knobs = {
@@ -48,6 +49,7 @@ arms = {
     "identity_free": {"mixer": "identity", "gates": "free"},
     "tbp_stream_scale": {"mixer": "tbp", "mix_scale": "stream"},
     "residual_wide": {"mixer": "residual", "n_streams": 1, "n_mlp": _n_mlp},
+    "residual_scalars": {"mixer": "residual", "n_streams": 1, "x0_scalars": True},
     "sinkhorn": {"mixer": "sinkhorn"},
     "permutation": {"mixer": "permutation"},
     "kronecker": {"mixer": "kronecker"},

@@ -20,4 +20,5 @@ arms = {
     "rtbp": {"mixer": "rtbp"},
     "permutation": {"mixer": "permutation"},
     "kronecker": {"mixer": "kronecker"},
+    "residual_scalars": {"mixer": "residual", "n_streams": 1, "x0_scalars": True},
 }
