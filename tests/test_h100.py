@@ -1,0 +1,107 @@
+"""dev/h100 against counts made by hand, and the figures that README.md quotes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dev.h100.report import model_config, parse_settings, refuse_unused
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed, which generates a GPU's code: pip install triton==3.7.1",
+)
+
+# Captures the training step of two functions of bfloat16 tensors, and prints what it counted.
+CAPTURE = """
+import json, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from dev.h100.capture import capturing
+
+def captured(function, *shapes):
+    with capturing() as graphs, FakeTensorMode():
+        args = [torch.empty(s, device="cuda:0", dtype=torch.bfloat16) for s in shapes]
+        out = torch.compile(function, fullgraph=True)(*(a.requires_grad_() for a in args))
+        out.backward(torch.empty_like(out))
+    return [[g.triton_launches, g.extern_launches, g.bytes] for g in graphs]
+
+pointwise = captured(lambda x: (2 * x + 1).sin(), (1024, 512))
+product = captured(lambda a, b: a @ b, (256, 128), (128, 64))
+print(json.dumps([pointwise, product]))
+"""
+
+
+def python(*command):
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_triton
+def test_launches_and_bytes_are_those_counted_by_hand():
+    """[Triton kernels, library kernels, bytes] of the forward and of the backward."""
+    pointwise, product = json.loads(python("-c", CAPTURE).splitlines()[-1])
+    x = 2 * 1024 * 512  # bytes of x, of the output and of their gradients
+    assert pointwise == [[1, 0, 2 * x], [1, 0, 3 * x]]
+    a, b, out = 2 * 256 * 128, 2 * 128 * 64, 2 * 256 * 64
+    assert product == [[0, 1, a + b + out], [0, 2, 2 * (a + b + out)]]
+
+
+@needs_triton
+@pytest.mark.long
+def test_the_figures_of_the_readme(tmp_path):
+    python("-m", "dev.h100.report", "--mixers=identity,tbp", f"--json={tmp_path}/counts.json")
+    document = json.loads((tmp_path / "counts.json").read_text())
+    assert {"commit", "clean", "torch", "triton", "command"} <= document["made_by"].keys()
+    layers = document["one_layer"]
+    assert {mixer: layer["launches"] for mixer, layer in layers.items()} == {
+        "residual": 41,
+        "identity": 67,
+        "tbp": 65,
+    }
+    assert layers["identity"]["bytes_ratio"] < 1.885
+    assert layers["tbp"]["bytes_ratio"] < 1.91
+
+
+@pytest.mark.quick
+def test_words_of_the_command_line_reach_the_mixers_that_take_them():
+    settings = parse_settings(["dynamic=False", "n_streams=8", "sinkhorn_rounds=5"])
+    assert settings == {"dynamic": False, "n_streams": 8, "sinkhorn_rounds": 5}
+    sinkhorn = model_config("sinkhorn", settings)
+    assert sinkhorn["options"] == {"sinkhorn_rounds": 5} and sinkhorn["n_streams"] == 8
+    assert model_config("tbp", settings)["options"] == {}
+    residual = model_config("residual", settings)
+    assert residual["n_streams"] == 1 and residual["dynamic"] is False
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("word", ["n_stream=8", "n_streams", "mixer=tbp", "options={}"])
+def test_unknown_words_are_refused(word):
+    with pytest.raises(ValueError, match=f"'{word}' is not key=value"):
+        parse_settings([word])
+
+
+@pytest.mark.quick
+def test_values_that_the_model_refuses_are_refused_before_anything_is_compiled():
+    with pytest.raises(ValueError, match="n_streams must be at least 2, not 1"):
+        model_config("tbp", {"n_streams": 1})
+    with pytest.raises(ValueError, match="unknown mixer 'tpb'"):
+        model_config("tpb", {})
+
+
+@pytest.mark.quick
+def test_an_option_of_a_mixer_that_is_not_counted_is_refused():
+    settings = {"sinkhorn_rounds": 5, "n_streams": 8}
+    names = ["residual", "tbp", "sinkhorn"]
+    configs = {name: model_config(name, settings) for name in names}
+    refuse_unused(settings, configs)
+    del configs["sinkhorn"]
+    with pytest.raises(
+        ValueError, match="sinkhorn_rounds is a setting of none of .* residual, tbp"
+    ):
+        refuse_unused(settings, configs)

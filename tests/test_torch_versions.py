@@ -1,0 +1,170 @@
+"""Whether this torch compiles the model right: `make test-torch TORCH=2.11.0` runs these tests.
+
+Torch 2.11 loses the gradient of an autograd.Function's output, in compiled code and without a word,
+if the output comes from an operation that changed nothing and returned its own input, such as
+`.to()` of a tensor's own dtype. The first test finds such outputs with any torch. The others
+compare the compiled model with the eager one, and take minutes.
+"""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import mixers
+import streams
+from mixers import MIXERS
+from model import GPT, GPTConfig
+from streams import Streams, mean_square
+
+SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
+FUNCTIONS = [
+    value
+    for module in (mixers, streams)
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, torch.autograd.Function)
+]
+
+
+def build(mixer, n, dynamic):
+    """A model whose parameters are away from their start, the same at each call."""
+    torch.manual_seed(0)
+    one_stream, options = MIXERS[mixer].one_stream, {}
+    if "sinkhorn_rounds" in MIXERS[mixer].options:
+        options["sinkhorn_rounds"] = 3  # fewer are compiled sooner
+    config = GPTConfig(
+        **SIZES,
+        mixer=mixer,
+        n_streams=1 if one_stream else n,
+        dynamic=dynamic,
+        options=options,
+    )
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def loss_and_gradients(model, bfloat16):
+    tokens = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(compiled, eager, tolerance):
+    """Losses, and each parameter's gradient, whose error is relative to the gradient's norm."""
+    torch.testing.assert_close(compiled[0], eager[0], rtol=tolerance, atol=0)
+    for name, expected in eager[1].items():
+        got = compiled[1][name]
+        assert got is not None, f"{name} got no gradient"
+        error = (got - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error < tolerance, f"{name}: gradient off by {error:.2g} of its norm"
+
+
+class ReturnsItsInput(TorchFunctionMode):
+    """Notes each tensor that an operation returned as it had been given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and any(result is arg for arg in args):
+            self.seen.append(result)
+        return result
+
+
+def refuse_unchanged_outputs(monkeypatch, function):
+    """Make `function`.forward fail if an output is what an operation returned as it was given."""
+    forward = function.forward
+
+    def checked(*args):
+        with ReturnsItsInput() as unchanged:
+            outputs = forward(*args)
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            found = any(output is tensor for tensor in unchanged.seen)
+            assert not found, f"{function.__name__} returns what an operation left unchanged"
+        return outputs
+
+    monkeypatch.setattr(function, "forward", staticmethod(checked))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_function_returns_what_an_operation_left_unchanged(
+    mixer, dynamic, bfloat16, monkeypatch
+):
+    for function in FUNCTIONS:
+        refuse_unchanged_outputs(monkeypatch, function)
+    loss_and_gradients(build(mixer, 2, dynamic), bfloat16)
+
+
+@pytest.mark.quick
+def test_an_unchanged_output_would_be_found(monkeypatch):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return (2 * x).to(x.dtype)
+
+    refuse_unchanged_outputs(monkeypatch, Double)
+    with pytest.raises(AssertionError, match="Double returns what an operation left unchanged"):
+        Double.apply(torch.ones(2))
+
+
+class Sublayer(torch.nn.Module):
+    """A connection around a small branch, without the rest of the model, which is fast to trace."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.connection, self.branch = model.blocks[1].hc_mlp, model.blocks[1].mlp
+
+    def forward(self, x):
+        return self.connection(Streams(x, mean_square(x)), self.branch).x
+
+
+def square_and_gradients(sublayer, n, bfloat16):
+    """The squared norm of what the sublayer writes, and its gradients, that of x among them."""
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    x = torch.randn(2, 8, n, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        new = sublayer(x)
+    loss = new.float().square().sum()
+    loss.backward()
+    return loss.detach(), {"x": x.grad, **{name: p.grad for name, p in sublayer.named_parameters()}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_traced_is_eager(mixer, n, dynamic, bfloat16):
+    """The graphs of Dynamo and AOTAutograd, run by eager kernels."""
+    torch.compiler.reset()
+    n = 1 if MIXERS[mixer].one_stream else n
+    traced, eager = (Sublayer(build(mixer, n, dynamic)) for _ in range(2))
+    traced.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    assert_same(*(square_and_gradients(s, n, bfloat16) for s in (traced, eager)), 1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "n, dynamic, bfloat16",
+    [(4, True, False), (2, False, False), (2, True, True)],
+    ids=["dynamic-float32", "static-float32", "dynamic-bfloat16"],
+)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_compiled_model_is_eager(mixer, n, dynamic, bfloat16):
+    """Inductor's kernels. In bfloat16 they round less often than eager ones do."""
+    torch.compiler.reset()
+    model = build(mixer, n, dynamic)
+    model.compile_regions()
+    compiled = loss_and_gradients(model, bfloat16)
+    eager = loss_and_gradients(build(mixer, n, dynamic), bfloat16)
+    assert_same(compiled, eager, 0.1 if bfloat16 else 1e-4)
