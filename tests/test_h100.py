@@ -1,6 +1,5 @@
 """dev/h100 against counts made by hand, and the figures that README.md quotes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,12 +7,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dev.h100.report import model_config, parse_settings, refuse_unused
+from dev.h100.report import missing_tool, model_config, parse_settings, refuse_unused
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed, which generates a GPU's code: pip install triton==3.7.1",
-)
+needs_tools = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
 
 # Captures the training step of two functions of bfloat16 tensors, and prints what it counted.
 CAPTURE = """
@@ -42,7 +38,7 @@ def python(*command):
     return done.stdout
 
 
-@needs_triton
+@needs_tools
 def test_launches_and_bytes_are_those_counted_by_hand():
     """[Triton kernels, library kernels, bytes] of the forward and of the backward."""
     pointwise, product = json.loads(python("-c", CAPTURE).splitlines()[-1])
@@ -52,7 +48,7 @@ def test_launches_and_bytes_are_those_counted_by_hand():
     assert product == [[0, 1, a + b + out], [0, 2, 2 * (a + b + out)]]
 
 
-@needs_triton
+@needs_tools
 @pytest.mark.long
 def test_the_figures_of_the_readme(tmp_path):
     python("-m", "dev.h100.report", "--mixers=identity,tbp", f"--json={tmp_path}/counts.json")

@@ -1,7 +1,7 @@
 """
 Kernel launches and bytes of one transformer layer on an H100, counted on a machine without one.
 
-    pip install triton==3.7.1                               # and torch 2.13, g++
+    pip install triton==3.7.1             # beside g++ and the CPU build of torch 2.13
     python -m dev.h100.report --mixers=tbp                  # tbp beside the residual model
     python -m dev.h100.report --mixers=identity,kronecker,tbp,rtbp,permutation,sinkhorn
     python -m dev.h100.report --mixers=tbp --cubin          # and registers and spills, on sm_90
@@ -34,6 +34,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from mixers import OPTIONS, find_mixer
 from model import GPTConfig
 from runtime import provenance
@@ -45,7 +47,8 @@ OF_STREAMS = ("n_streams", "gates", "mix_scale", "stream_start", "readout")
 
 def main():
     arguments = parse(sys.argv[1:])
-    check_tools()
+    if lacking := missing_tool():
+        sys.exit(lacking)
     try:
         settings = parse_settings(arguments.settings)
         mixers = list(dict.fromkeys([BASELINE, *arguments.mixers.split(",")]))
@@ -76,11 +79,18 @@ def parse(words):
     return parser.parse_args(words)
 
 
-def check_tools():
+def missing_tool():
+    """What this machine lacks, as a sentence, or None."""
+    if not torch.__version__.startswith("2.13.") or torch.version.cuda is not None:
+        return (
+            "dev/h100 relies on private names of the CPU build of torch 2.13, and this is torch "
+            f"{torch.__version__}; requirements.txt says how to install the CPU build"
+        )
     if importlib.util.find_spec("triton") is None:
-        sys.exit("this needs triton, to generate code for a GPU: pip install triton==3.7.1")
+        return "dev/h100 needs triton, to generate a GPU's code: pip install triton==3.7.1"
     if shutil.which("g++") is None:
-        sys.exit("this needs g++, to compile dev/h100/fake_cuda.cpp")
+        return "dev/h100 needs g++, to compile fake_cuda.cpp"
+    return None
 
 
 # ---- from the command line to models -------------------------------------------------------------
