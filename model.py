@@ -21,13 +21,13 @@ from torch.nn import functional as F
 
 from mixers import check_options, find_mixer, n_logits
 from streams import (
-    INDUCTOR,
     Coefficients,
     HyperConnection,
     ReadOut,
     Residual,
     Streams,
     check_choice,
+    compiler_options,
     start_streams,
 )
 
@@ -274,8 +274,9 @@ class GPT(nn.Module):
         is computed again. This setting of torch is one of the whole process.
         """
         torch._functorch.config.activation_memory_budget = activation_memory_budget
+        options = compiler_options()
         for region in (*self.blocks, self.head):
-            region.compile(fullgraph=True, dynamic=False, options=INDUCTOR)
+            region.compile(fullgraph=True, dynamic=False, options=options)
 
     @torch.no_grad()
     def init_parameters(self):

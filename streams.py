@@ -20,19 +20,24 @@ from torch.utils.checkpoint import checkpoint
 
 from mixers import check_options, find_mixer, n_logits, start_logits
 
-# Options for torch.compile; GPT.compile_regions passes them.
-INDUCTOR = {
-    # A sum over the n streams stays a loop. Below this number of terms Inductor would unroll it,
-    # and then could not fuse it with the kernel that wrote the streams.
-    "unroll_reductions_threshold": 1,
-    # A mixer is hundreds of small operations on planes, and one kernel.
-    "max_fusion_size": 1024,
-    # On a CPU, the sums over channels for all coefficients' gradients are one loop.
-    "cpp.max_horizontal_fusion_size": 1024,
-    # A stack of more planes than this is stored once. Inductor would compute a smaller one again
-    # for every channel that uses it. Joining the gradients of q, k and v (three) stays fused.
-    "max_pointwise_cat_inputs": 3,
-}
+
+def compiler_options():
+    """Options for torch.compile, which GPT.compile_regions passes."""
+    wanted = {
+        # A sum over the n streams stays a loop. Below this number of terms Inductor would unroll
+        # it, and then could not fuse it with the kernel that wrote the streams.
+        "unroll_reductions_threshold": 1,
+        # A mixer is hundreds of small operations on planes, and one kernel.
+        "max_fusion_size": 1024,
+        # On a CPU, the sums over channels for all coefficients' gradients are one loop.
+        "cpp.max_horizontal_fusion_size": 1024,
+        # A stack of more planes than this is stored once. Inductor would compute a smaller one
+        # again for every channel that uses it. Joining the gradients of q, k and v stays fused.
+        "max_pointwise_cat_inputs": 3,
+        "max_complex_pointwise_cat_inputs": 3,  # the same, since torch 2.13
+    }
+    known = set(torch._inductor.list_options())
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 class Streams(NamedTuple):
