@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dev.h100.capture import capturing
 from model import GPT, GPTConfig
-from streams import INDUCTOR
+from streams import compiler_options
 
 
 def main():
@@ -50,7 +50,7 @@ def capture_step(config, batch_size):
         with torch.device("cuda:0"):
             model = GPT(config)
             idx, targets = (torch.empty(shape, dtype=torch.long) for _ in range(2))
-        model.compile(fullgraph=True, dynamic=False, options=INDUCTOR)
+        model.compile(fullgraph=True, dynamic=False, options=compiler_options())
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(idx, targets)[1]
         loss.backward()
