@@ -440,7 +440,7 @@ def test_a_checkpoint_with_another_config_is_refused(tiny, tmp_path):
         (["--out_dir=nowhere"], "nowhere has no checkpoint"),
         (["--checkpoint=no.pt"], "no.pt: no such checkpoint"),
         (["--checkpoint=notes.md"], "not a whole checkpoint"),
-        (["--temperature=-1"], "temperature -1"),
+        (["--temperature=-1"], "temperature must not be negative, as -1.0 is"),
     ],
 )
 def test_sample_refuses(arguments, says, tmp_path):

@@ -1,0 +1,189 @@
+"""The training recipe against a plain loop, and each of its parts against its own statement."""
+
+import json
+import math
+
+import oracle_trainer
+import pytest
+import torch
+from conftest import load, records, run
+
+STEPS = 14
+# Clips at most steps; the cosine begins at step 4; an epoch ends within step 9.
+RECIPE = (
+    f"--max_iters={STEPS} --lr_decay_iters=30 --warmup_iters=4 --grad_clip=0.3 "
+    "--learning_rate=3e-3 --min_lr=3e-4 "
+    "--weight_decay=0.3 --beta1=0.8 --beta2=0.97 --bias=True --total_batch_tokens=512 "
+    "--eval_interval=7 --checkpoint_interval=7"
+).split()
+
+
+def start_apart(arguments, folder, mixer):
+    """Begin a run whose streams and gates are far from their start, where all of them are equal.
+
+    -> its weights. They are a checkpoint of step 0, from which the run can be resumed.
+    """
+    run(*arguments, "--max_iters=1", "--learning_rate=0.0", "--min_lr=0.0", "--init_from=scratch")
+    (folder / "best.pt").unlink(missing_ok=True)
+    path = folder / "ckpt_0000001.pt"
+    state = load(path)
+    path.unlink()
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in state["model"].items():
+        size = 0.1 if ".hc_" in name else 0.3 if "bias" in name else 0.1
+        if not name.endswith(".alpha"):
+            weight += size * torch.randn(weight.shape, generator=generator)
+        else:
+            weight.fill_(0.5)
+    state |= {"step": 0, "logged_step": 0, "evaluated": None, "best_val": math.inf}
+    state["optimizer"]["state"] = {}
+    torch.save(state, folder / "ckpt_0000000.pt")
+    return state["model"]
+
+
+def comparable(name, weight):
+    """A bias of the keys changes no softmax: its gradient is rounding, and AdamW follows that."""
+    if not name.endswith("c_attn.bias"):
+        return weight
+    query, _, value = weight.chunk(3)
+    return torch.cat([query, value])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mixer", ["residual", "hc", "tbp"])
+def test_the_run_is_that_of_a_plain_loop(mixer, compiled, tiny, tiny_data, tmp_path, report):
+    n = 1 if mixer == "residual" else 3
+    arguments = [*tiny, *RECIPE, f"--mixer={mixer}", f"--n_streams={n}", f"--compile={compiled}"]
+    weights = start_apart(arguments, tmp_path / "out", mixer)
+    run(*arguments, "--init_from=resume")
+    knobs = json.loads((tmp_path / "out" / "config.json").read_text())
+    wanted, after = oracle_trainer.train(weights, tiny_data / "tiny", knobs, STEPS)
+
+    found = [line for line in records(tmp_path / "out") if "loss" in line]
+    for ours, plain in zip(found, wanted, strict=True):
+        for key, tolerance in (("loss", 1e-5), ("norm", 1e-4), ("lr", 1e-12)):
+            assert ours[key] == pytest.approx(plain[key], rel=tolerance), (ours["step"], key)
+        assert ours["clipped"] == (plain["norm"] > knobs["grad_clip"])
+    assert 3 < sum(line["clipped"] for line in found), "choose a --grad_clip that clips"
+    final = load(tmp_path / "out" / f"ckpt_{STEPS:07d}.pt")["model"]
+    off = {
+        name: (comparable(name, final[name]) - comparable(name, after[name])).abs().max().item()
+        for name in final
+    }
+    assert max(off.values()) < 1e-5, off
+    vals = {line["step"]: line["val"] for line in records(tmp_path / "out") if "val" in line}
+    for step, these in ((0, weights), (STEPS, final)):
+        plain = oracle_trainer.validation_loss(these, tiny_data / "tiny", knobs)
+        assert vals[step] == pytest.approx(plain, rel=1e-5)
+    report(
+        f"{mixer}, {'compiled' if compiled else 'eager'}: losses within "
+        f"{max(abs(a['loss'] - b['loss']) for a, b in zip(found, wanted)):.1e} and weights within "
+        f"{max(off.values()):.1e} of the plain loop's over {STEPS} steps"
+    )
+
+
+# ---- each part of the recipe against its own statement ------------------------------------------
+# All begin at weights far from the start, so that phi, which starts at 0, can decay too.
+
+
+@pytest.fixture
+def after_one_step(tiny, tmp_path):
+    """-> (weights before, the checkpoint after one step with these arguments)."""
+    common = [*tiny, "--mixer=hc", "--n_streams=3", "--bias=True", "--warmup_iters=0"]
+    common += ["--max_iters=1", "--learning_rate=1e-3", "--min_lr=1e-3"]
+    weights = start_apart(common, tmp_path / "out", "hc")
+
+    def step(*arguments):
+        (tmp_path / "out" / "ckpt_0000001.pt").unlink(missing_ok=True)
+        run(*common, *arguments, "--init_from=resume")
+        return load(tmp_path / "out" / "ckpt_0000001.pt")
+
+    return weights, step
+
+
+def moments(state, name):
+    """The first or second moments of all parameters, as one vector."""
+    found = state["optimizer"]["state"]
+    return torch.cat([found[i][name].double().flatten() for i in sorted(found)])
+
+
+def test_what_multiplies_activations_decays_and_nothing_else(after_one_step):
+    weights, step = after_one_step
+    with_decay = step("--weight_decay=50.0")["model"]
+    without = step("--weight_decay=0.0")["model"]
+    decayed, kept = set(), set()
+    for name, weight in weights.items():
+        shrunk = without[name] - with_decay[name]
+        if torch.allclose(shrunk, 1e-3 * 50 * weight, rtol=1e-3, atol=1e-7):
+            decayed.add(name)
+        elif torch.equal(shrunk, torch.zeros_like(weight)):
+            kept.add(name)
+    for part in ("hc_attn.phi", "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight"):
+        assert f"blocks.1.{part}" in decayed, f"{part} does not decay"
+    for part in ("hc_attn.alpha", "hc_attn.bias", "ln_1.weight", "ln_2.bias", "mlp.c_fc.bias"):
+        assert f"blocks.1.{part}" in kept, f"{part} decays"
+    assert {"embed.wte.weight", "embed.wpe.weight"} <= decayed, "an embedding does not decay"
+    assert {"head.ln_f.weight", "head.ln_f.bias"} <= kept, "a norm decays"
+    assert decayed | kept == set(weights), "a parameter decays by another amount"
+
+
+def test_the_learning_rate_of_every_step(tiny, tmp_path):
+    run(*tiny, "--max_iters=9", "--warmup_iters=3", "--lr_decay_iters=7", "--bias=True",
+        "--learning_rate=0.08", "--min_lr=0.02", "--checkpoint_interval=1", "--keep_checkpoints=9")  # fmt: skip
+    warmup = [0.02, 0.04, 0.06]  # quarters of the peak: step 3 is the first with all of it
+    cosine = [
+        0.08,
+        0.0712132,
+        0.05,
+        0.0287868,
+        0.02,
+        0.02,
+    ]  # 1 + cos of 0, 45, 90, 135, 180 degrees
+    said = [line["lr"] for line in records(tmp_path / "out") if "lr" in line]
+    assert said == pytest.approx(warmup + cosine, rel=1e-5), "the log's rate is another"
+    used = [
+        load(tmp_path / "out" / f"ckpt_{step:07d}.pt")["optimizer"]["param_groups"]
+        for step in range(1, 10)
+    ]
+    for group in range(2):
+        rates = [groups[group]["lr"] for groups in used]
+        assert rates == pytest.approx(warmup + cosine, rel=1e-5), "the optimizer's rate is another"
+
+
+def test_the_gradient_is_clipped_to_its_norm(after_one_step):
+    """AdamW's first moment after a step is (1 - beta1) times the gradient that it got."""
+    _, step = after_one_step
+    norm_of = lambda state: moments(state, "exp_avg").norm().item() / (1 - 0.9)
+    whole = norm_of(step("--grad_clip=0.0"))
+    assert whole > 0.1, "the gradient is too small for this test"
+    clipped = norm_of(step("--grad_clip=0.01"))
+    assert clipped == pytest.approx(0.01, rel=1e-3), "the gradient is not clipped"
+    assert norm_of(step("--grad_clip=1e6")) == pytest.approx(whole), "clipped without need"
+
+
+def test_the_betas_are_those_of_the_moments(after_one_step):
+    """After a step the moments are (1 - beta1) g and (1 - beta2) g^2."""
+    _, step = after_one_step
+    one = step("--beta1=0.9", "--beta2=0.95", "--grad_clip=0.0")
+    other = step("--beta1=0.6", "--beta2=0.99", "--grad_clip=0.0")
+    for name, ratio in (("exp_avg", 0.4 / 0.1), ("exp_avg_sq", 0.01 / 0.05)):
+        found = moments(other, name).norm() / moments(one, name).norm()
+        assert found.item() == pytest.approx(ratio, rel=1e-4), f"{name} has another beta"
+    squares = moments(one, "exp_avg_sq") / 0.05
+    assert torch.allclose(squares.sqrt(), moments(one, "exp_avg").abs() / 0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_an_evaluation_drops_nothing_out(compiled, tiny, tmp_path):
+    tiny += ["--max_iters=0", f"--compile={compiled}"]
+    for dropout in (0.0, 0.5):
+        run(*tiny, f"--out_dir={tmp_path}/{dropout}", f"--dropout={dropout}")
+    none, half = (records(tmp_path / name) for name in ("0.0", "0.5"))
+    assert [line["val"] for line in none] == [line["val"] for line in half]
+
+
+def test_a_training_step_drops_out(tiny, tmp_path):
+    for dropout in (0.0, 0.5):
+        run(*tiny, "--max_iters=1", f"--out_dir={tmp_path}/{dropout}", f"--dropout={dropout}")
+    none, half = (records(tmp_path / name)[1]["loss"] for name in ("0.0", "0.5"))
+    assert none != half
