@@ -303,7 +303,7 @@ def resume_arguments(argv, out_dir):
         return [*(f"--{name}={value!r}" for name, value in knobs.items()), *argv]
     except (OSError, ValueError, AttributeError) as error:
         raise SystemExit(
-            f"RunError: {path}: damaged ({error}). Name the run's knobs and config files on the "
+            f"RunError: {path}: damaged ({error}). Remove it, and name the run's knobs on the "
             "command line, as when it was begun"
         ) from error
 

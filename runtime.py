@@ -121,16 +121,19 @@ def torch_is_tested():
 
 
 def differences(wanted, found, tolerance):
-    """The names of the tensors of the dict `found` that are not those of `wanted`.
+    """The names of the tensors in `found` that are not those in `wanted`, the worst first.
 
     The norm of a difference may be `tolerance` times the norm of the wanted tensor; below 1e-5 of
     the largest norm of all, a difference is rounding.
     """
     norms = {name: tensor.float().norm().item() for name, tensor in wanted.items()}
     floor = 1e-5 * max(norms.values())
-    off = {name: (found[name] - wanted[name]).float().norm().item() for name in wanted}
-    # Written so that NaN is a difference.
-    return [name for name in wanted if not off[name] <= tolerance * norms[name] + floor]
+    off = {}
+    for name, norm in norms.items():
+        error = (found[name] - wanted[name]).float().norm().item()
+        off[name] = error / (tolerance * norm + floor)
+    wrong = [name for name in off if not off[name] <= 1]  # so that NaN is wrong
+    return sorted(wrong, key=off.get, reverse=True)
 
 
 def keep_freed_memory():

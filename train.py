@@ -218,10 +218,13 @@ def loss_and_gradients(model, sample, autocast):
     with autocast:
         loss = model(*sample)[1]
     loss.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        # Without a gradient at all the optimizer would leave it as it is, as with zeros.
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     model.zero_grad(set_to_none=True)
     model.train()
-    return {"loss": loss.detach(), **found}
+    return found
 
 
 def open_metrics(step, provenance):

@@ -128,17 +128,12 @@ def test_what_multiplies_activations_decays_and_nothing_else(after_one_step):
 
 
 def test_the_learning_rate_of_every_step(tiny, tmp_path):
-    run(*tiny, "--max_iters=9", "--warmup_iters=3", "--lr_decay_iters=7", "--bias=True",
-        "--learning_rate=0.08", "--min_lr=0.02", "--checkpoint_interval=1", "--keep_checkpoints=9")  # fmt: skip
+    tiny += ["--max_iters=9", "--checkpoint_interval=1", "--keep_checkpoints=9"]
+    schedule = ["--warmup_iters=3", "--lr_decay_iters=7", "--learning_rate=0.08", "--min_lr=0.02"]
+    run(*tiny, *schedule)
     warmup = [0.02, 0.04, 0.06]  # quarters of the peak: step 3 is the first with all of it
-    cosine = [
-        0.08,
-        0.0712132,
-        0.05,
-        0.0287868,
-        0.02,
-        0.02,
-    ]  # 1 + cos of 0, 45, 90, 135, 180 degrees
+    # 0.02 + 0.03 * (1 + cos) of 0, 45, 90, 135, 180 degrees, and of 180 from then on.
+    cosine = [0.08, 0.0712132, 0.05, 0.0287868, 0.02, 0.02]
     said = [line["lr"] for line in records(tmp_path / "out") if "lr" in line]
     assert said == pytest.approx(warmup + cosine, rel=1e-5), "the log's rate is another"
     used = [

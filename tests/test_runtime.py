@@ -121,8 +121,10 @@ def test_differences_are_told_from_rounding():
     assert not runtime.differences(wanted, wanted, tolerance=1e-3)
     near = {"loss": torch.tensor(5.001), "a": torch.ones(4) + 1e-4, "rounding": torch.zeros(4)}
     assert not runtime.differences(wanted, near, tolerance=1e-3)
-    far = {"loss": torch.tensor(float("nan")), "a": torch.zeros(4), "rounding": torch.ones(4)}
-    assert runtime.differences(wanted, far, tolerance=1e-3) == ["loss", "a", "rounding"]
+    far = {"loss": torch.tensor(5.1), "a": torch.zeros(4), "rounding": torch.zeros(4)}
+    assert runtime.differences(wanted, far, tolerance=1e-3) == ["a", "loss"]
+    nan = {**near, "loss": torch.tensor(float("nan"))}
+    assert runtime.differences(wanted, nan, tolerance=1e-3) == ["loss"]
 
 
 # The compiled model gets no gradient in its first block, as torch 2.11 once made of it.
@@ -139,7 +141,7 @@ model.GPT.compile_regions = compile_wrongly
 def test_an_untested_torch_must_compile_the_gradients_that_eager_mode_has(tiny, tmp_path):
     tiny.append("--compile=True")
     output = run_with(BREAK, *tiny, ok=False)
-    assert "compiles this model wrongly: blocks.0.mlp.c_fc.weight" in output, output
+    assert "compiles this model wrongly: blocks.0.mlp.c_" in output, output
     assert "--compile=False" in output and runtime.TESTED_TORCH[-1] in output
     assert not list((tmp_path / "out").glob("*.pt"))
     for dtype in ("float32", "bfloat16"):
