@@ -178,7 +178,8 @@ def load(path):
         )
     verify(path)
     state = load_tensors(path)
-    _upgrade(state)
+    if "tallied" in state:
+        _upgrade(path, state)
     if missing := KEYS - set(state):
         raise RunError(
             f"{path}: not a checkpoint of this project, it lacks {', '.join(sorted(missing))}"
@@ -186,11 +187,21 @@ def load(path):
     return state
 
 
-def _upgrade(state):
-    """Bring a state in the layout of commit 4e260d0 to today's, in place."""
-    if "tallied" in state:
-        state["logged_step"] = state.pop("tallied")
-        state["provenance"] = dict.fromkeys(("commit", "clean", "torch", "command"))
+def _upgrade(path, state):
+    """Bring a state in the layout of commit 4e260d0 to today's, in place. Raises RunError for an
+    interval_map that is gone."""
+    state["logged_step"] = state.pop("tallied")
+    state["provenance"] = dict.fromkeys(("commit", "clean", "torch", "command"))
+    model = state["model_config"]
+    if model["interval_map"] != "plain" and model["mixer"] in ("tbp", "rtbp"):
+        raise RunError(
+            f"{path}: its interval_map is {model['interval_map']!r}, and only 'plain' is left: the "
+            "other left most of a large matrix without gradients. Sample it with commit 4e260d0"
+        )
+    rounds = model.pop("sinkhorn_rounds")
+    model["options"] = {"sinkhorn_rounds": rounds} if model["mixer"] == "sinkhorn" else {}
+    for knobs in (model, state["config"]):
+        knobs.pop("interval_map", None)
 
 
 def load_tensors(path):
@@ -215,14 +226,8 @@ def load_tensors(path):
 
 def model_config(path, state, GPTConfig):
     """-> the GPTConfig of a loaded state. Raises RunError if this class lacks one of its fields."""
-    values = dict(state["model_config"])
-    if "options" not in values:  # written before 0.1.0
-        rounds = values.pop("sinkhorn_rounds", 20)
-        values["options"] = {"sinkhorn_rounds": rounds} if values["mixer"] == "sinkhorn" else {}
-        if values.get("interval_map") == "plain":  # the only one that is left
-            del values["interval_map"]
     try:
-        return GPTConfig(**values)
+        return GPTConfig(**state["model_config"])
     except TypeError as error:
         raise RunError(
             f"{path}: its model is not that of this model.py ({error}). {_how_to_get_it(state)}"
@@ -298,8 +303,7 @@ def resume_arguments(argv, out_dir):
     try:
         knobs = json.loads(path.read_text())
         knobs.pop("provenance", None)
-        if knobs.get("interval_map") == "plain":  # a knob before 0.1.0, with one value left
-            del knobs["interval_map"]
+        knobs.pop("interval_map", None)  # of commit 4e260d0; `load` refuses what is gone
         return [*(f"--{name}={value!r}" for name, value in knobs.items()), *argv]
     except (OSError, ValueError, AttributeError) as error:
         raise SystemExit(

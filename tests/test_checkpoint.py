@@ -239,17 +239,25 @@ OLD_KEYS = "model optimizer step best_val evaluated tallied tally config model_c
 OLD_KEYS += "tokenizer n_vocab shards"
 
 
-def as_4e260d0_wrote_it(state):
+def as_4e260d0_wrote_it(state, interval_map="plain"):
     """The same run's checkpoint in that commit's layout."""
-    old = {**state, "tallied": state["logged_step"]}
-    del old["logged_step"], old["provenance"]
-    assert sorted(old) == sorted(OLD_KEYS.split())
+    names = "block_size vocab_size n_layer n_head n_embd dropout bias mixer n_streams dynamic "
+    names += "mix_start read_start stream_dtype"
+    model_config = {name: state["model_config"][name] for name in names.split()}
+    rounds = {"interval_map": interval_map, "sinkhorn_rounds": state["config"]["sinkhorn_rounds"]}
+    config = {name: value for name, value in state["config"].items() if name != "eval_only"}
+    old = {
+        **{name: state[name] for name in OLD_KEYS.split() if name != "tallied"},
+        "tallied": state["logged_step"],
+        "config": config | {"interval_map": interval_map},
+        "model_config": model_config | rounds,
+    }
     return old
 
 
 @pytest.mark.parametrize("mixer", ["sinkhorn", "tbp"])
 def test_a_checkpoint_of_the_first_layout_resumes_and_samples(mixer, tiny, tmp_path):
-    tiny += [f"--mixer={mixer}"]
+    tiny += [f"--mixer={mixer}"] + ["--sinkhorn_rounds=7"] * (mixer == "sinkhorn")
     run(*tiny, "--checkpoint_interval=3", "--eval_interval=3")
     folder = tmp_path / "out"
     shutil.copy(folder / "ckpt_0000006.pt", tmp_path / "wanted.pt")
@@ -258,6 +266,18 @@ def test_a_checkpoint_of_the_first_layout_resumes_and_samples(mixer, tiny, tmp_p
     torch.save(as_4e260d0_wrote_it(load(path)), path)
     sample = ["sample.py", f"--checkpoint={path}", "--max_new_tokens=3", "--device=cpu"]
     assert "--- sample 3 ---" in run(*sample)
-    output = run(*tiny, "--checkpoint_interval=3", "--eval_interval=3", "--init_from=resume")
+    config = json.loads((folder / "config.json").read_text())
+    del config["provenance"], config["eval_only"]
+    (folder / "config.json").write_text(json.dumps(config | {"interval_map": "plain"}))
+    output = run("train.py", f"--out_dir={folder}", "--init_from=resume")
     assert "at step 3" in output and "changed since" not in output
     assert_same_run(folder / "ckpt_0000006.pt", tmp_path / "wanted.pt")
+
+
+def test_the_interval_map_that_is_gone_is_refused(tiny, tmp_path):
+    run(*tiny, "--max_iters=1")
+    path = tmp_path / "out" / "ckpt_0000001.pt"
+    torch.save(as_4e260d0_wrote_it(load(path), "scaled"), path)
+    says = f"{path}: its interval_map is 'scaled', and only 'plain' is left"
+    assert says in run("sample.py", f"--checkpoint={path}", ok=False)
+    assert says in run(*tiny, "--init_from=resume", ok=False)

@@ -352,7 +352,7 @@ def test_a_bare_resume_has_the_knobs_of_the_run(tiny, tmp_path):
     assert "changed since the checkpoint: max_iters: 6 -> 8, learning_rate: 0.01 -> 0.02" in output
     assert "finished: 8 steps" in output
 
-    assert "no checkpoint to resume from" in run(*bare[:2], "--out_dir=nowhere/at/all", ok=False)
+    assert "no checkpoint to resume from" in run(*bare[:2], f"--out_dir={tmp_path}/none", ok=False)
     (tmp_path / "out" / "config.json").write_text('{"n_layer"')
     assert "config.json: damaged" in run(*bare, ok=False)
     (tmp_path / "out" / "config.json").unlink()
