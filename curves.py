@@ -1,0 +1,264 @@
+"""From the files of many runs to curves with bands over seeds.
+
+    points = points_of(read_results([Path("out/studies/constraint")]))      # or results/constraint
+    by_tokens(points, "val")                                                # plots.py draws them
+
+A result (a run), a point (an arm with its runs by seed) and their differences are comparison.py's.
+"""
+
+import json
+import math
+import statistics
+from typing import NamedTuple
+
+import comparison
+from runtime import RunError
+
+# What the name of an arm leaves out: the mixer, which comes first, and the knobs that change where
+# a run lies, how fast it is or how often it is looked at, but not what it computes.
+NOT_NAMED = {
+    *("mixer", "seed", "provenance", "out_dir", "data_dir", "init_from"),
+    *("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints"),
+    *("batch_size", "device", "compile", "activation_memory_budget", "peak_flops"),
+}
+
+
+class Curve(NamedTuple):
+    """One arm: a number along x, its mean over seeds, the lowest and the highest seed."""
+
+    label: str
+    mixer: str
+    seeds: int
+    x: list
+    mean: list
+    low: list
+    high: list
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_results(folders):
+    """Every run in and under `folders` -> a list of results, each with the `folder` of its run.
+
+    A run is a folder with config.json and metrics.jsonl, finished or not, or a file that study.py
+    keeps of one (no folder: None). Raises RunError where there is none.
+    """
+    found = []
+    for folder in folders:
+        for path in sorted(folder.rglob("*.json")):
+            content = read_json(path)
+            if path.name == "config.json" and "total_batch_tokens" in content:
+                found += result_of_run(path.parent)
+            elif isinstance(content, dict) and "arm" in content:
+                found.append({**content, "folder": None})
+    if not found:
+        raise RunError(
+            f"{', '.join(map(str, folders)) or 'nothing'}: no run is there, neither a folder with "
+            "config.json and metrics.jsonl nor results of study.py"
+        )
+    name_arms([result for result in found if result["arm"] is None])
+    return found
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error}); move it away, or name other folders") from error
+
+
+def result_of_run(folder):
+    """-> the run in `folder` so far, in a list, which is empty where there is no evaluation yet."""
+    knobs, records = comparison.read_run(folder)
+    if not any("val" in record for record in records):
+        print(f"{folder} is left out: it has no evaluation yet")
+        return []
+    own = {"arm": None, "axes": {}, "seed": knobs["seed"], "knobs": knobs, "folder": folder}
+    return [own | comparison.measure(records, knobs["total_batch_tokens"], gave_up=False)]
+
+
+def name_arms(results):
+    """Give each its arm: the mixer, and every knob that is not as in most of the runs.
+
+    Learning rates, where there are several, become an axis, as in a study.
+    """
+    if not results:
+        return
+    names = sorted({knob for result in results for knob in result["knobs"]} - NOT_NAMED)
+    values = {name: [result["knobs"].get(name) for result in results] for name in names}
+    several_rates = len(set(values.pop(comparison.RATE))) > 1
+    if several_rates:
+        values.pop("min_lr", None)  # moves with it
+    # The residual mixer has one stream always, and no other has: that says nothing.
+    values["n_streams"] = [n for n in values["n_streams"] if n != 1] or [1]
+    usual = {name: statistics.mode(seen) for name, seen in values.items()}
+    for result in results:
+        own = result["knobs"]
+        differing = [name for name in usual if own.get(name) != usual[name]]
+        if own["n_streams"] == 1 and "n_streams" in differing:
+            differing.remove("n_streams")
+        words = [f"{name}={own.get(name)}" for name in differing]
+        result["arm"] = ", ".join([own["mixer"], *words])
+        if several_rates:
+            result["axes"] = {comparison.RATE: own[comparison.RATE]}
+
+
+def points_of(results):
+    """Results -> a list of points, each arm at its best learning rate; says which rates are left
+    out, and how many runs diverged.
+
+    Raises ValueError where two runs would be the same seed of the same arm.
+    """
+    points = comparison.gather(results)
+    if sum(len(point.runs) for point in points) < len(results):
+        raise ValueError(
+            "two of the runs have one arm and one seed, so that they would be taken for one; name "
+            "fewer folders"
+        )
+    chosen = comparison.best_rates(points)
+    for point in points:
+        if point not in chosen:
+            rate = point.axes[comparison.RATE]
+            print(f"{label(point)} at learning rate {rate} is left out: another rate did better")
+        elif note := diverged(point):
+            print(f"{label(point)}: {note}; its curves are of the others, if there are any")
+    return chosen
+
+
+# ---- curves --------------------------------------------------------------------------------------
+
+
+def label(point):
+    """What a point is called in a figure."""
+    axes = [f"{knob}={value}" for knob, value in point.axes.items() if knob != comparison.RATE]
+    return ", ".join([point.arm, *axes])
+
+
+def knobs_of(point):
+    """The knobs of its first run; but for the seed, they are those of all."""
+    return next(iter(point.runs.values()))["knobs"]
+
+
+def diverged(point):
+    """How many of its runs diverged, in words; empty if none did."""
+    lost = len(point.runs) - len(point.finished())
+    return f"{lost} of {len(point.runs)} diverged" if lost else ""
+
+
+def at_evaluations(point, key):
+    """{seed: {step: number}} of the runs that did not diverge, or of all if all did; without
+    numbers that are not there or were not finite."""
+    return {
+        seed: {e["step"]: e[key] for e in run["evaluations"] if e[key] is not None}
+        for seed, run in (point.finished() or point.runs).items()
+    }
+
+
+def make_curve(point, by_seed, scale=1):
+    """{seed: {step: number}} -> a Curve over the steps that all seeds have, times `scale`; or None
+    where there is no such step."""
+    steps = sorted(set.intersection(*map(set, by_seed.values()))) if by_seed else []
+    if not steps:
+        return None
+    numbers = [[seed[step] for seed in by_seed.values()] for step in steps]
+    return Curve(
+        label(point),
+        knobs_of(point)["mixer"],
+        len(by_seed),
+        [step * scale for step in steps],
+        [statistics.fmean(seeds) for seeds in numbers],
+        [min(seeds) for seeds in numbers],
+        [max(seeds) for seeds in numbers],
+    )
+
+
+def by_tokens(points, key):
+    """A figure at the evaluations (val, gain or norm_max) against tokens -> a list of curves."""
+    curves = [
+        make_curve(point, at_evaluations(point, key), knobs_of(point)["total_batch_tokens"])
+        for point in points
+    ]
+    return [curve for curve in curves if curve]
+
+
+def by_seconds(points, key):
+    """The same against seconds of training, evaluations and compiling not counted."""
+    curves = [
+        make_curve(point, at_evaluations(point, key), point.ms() / 1000)
+        for point in points
+        if point.ms() is not None
+    ]
+    return [curve for curve in curves if curve]
+
+
+def differences(points, reference):
+    """Validation losses minus the reference's of the same seed, against tokens -> curves."""
+    theirs, curves = at_evaluations(reference, "val"), []
+    for point in points:
+        ours = at_evaluations(point, "val")
+        by_seed = {
+            seed: {
+                step: ours[seed][step] - theirs[seed][step]
+                for step in ours[seed]
+                if step in theirs[seed]
+            }
+            for seed in ours.keys() & theirs.keys()
+        }
+        if point is not reference:
+            curves.append(make_curve(point, by_seed, knobs_of(point)["total_batch_tokens"]))
+    return [curve for curve in curves if curve]
+
+
+def tokens_of_a_step(points):
+    """The same for all points, or None."""
+    sizes = {knobs_of(point)["total_batch_tokens"] for point in points}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def by_depth(kept):
+    """The runs of gain.json -> two lists of curves over sublayers: gain forward, gain backward."""
+    arms = {}
+    for run in kept:
+        arms.setdefault(run["arm"], []).append(run)
+    directions = []
+    for key in ("forward_gain_from_first", "backward_gain_to_last"):
+        curves = []
+        for arm, runs in arms.items():
+            seeds = list(zip(*(map(not_none, run[key]) for run in runs)))
+            mean = [statistics.fmean(gains) for gains in seeds]
+            low, high = list(map(min, seeds)), list(map(max, seeds))
+            depth = list(range(len(mean)))
+            curves.append(Curve(arm, runs[0]["mixer"], len(runs), depth, mean, low, high))
+        directions.append(curves)
+    return directions
+
+
+def not_none(number):
+    """JSON has no NaN: it stands there as null."""
+    return math.nan if number is None else number
+
+
+def arms_in_order(points):
+    """Points -> [(label, mixer, note)], the lowest mean loss first; a note counts divergences."""
+    return [
+        (label(point), knobs_of(point)["mixer"], diverged(point))
+        for point in sorted(points, key=mean_loss)
+    ]
+
+
+def mean_loss(point):
+    loss = point.mean("final_loss")
+    return math.inf if loss is None else loss
+
+
+def intervals(points, reference_arm):
+    """-> {label: comparison.Difference} of the last loss from an arm's, where there are pairs."""
+    found = {}
+    for point in points:
+        reference = comparison.reference_of(point, reference_arm, points)
+        if reference is not None:
+            difference = comparison.compare(point, reference).loss
+            if difference.n:
+                found[label(point)] = difference
+    return found
