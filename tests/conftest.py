@@ -62,7 +62,7 @@ def run(*command, ok=True, timeout=300, **env):
 
     ok=False: it must fail, and without a traceback.
     """
-    if command[0] in ("train.py", "sample.py"):
+    if command[0] in ("train.py", "sample.py", "analyze.py"):
         server = forks()
         with tempfile.NamedTemporaryFile("r") as file:
             print(

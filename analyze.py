@@ -1,0 +1,385 @@
+"""
+What trained mixers do, and how runs compare: tables, JSON and figures.
+
+    python analyze.py --out_dir=out/laptop-tbp                    # one run, finished or still going
+    python analyze.py --out_dir=out/laptop-tbp --loss_tokens=0    # sooner, with no M replaced
+    python analyze.py --runs='out/laptop-*'                       # many runs: losses, norms, gains
+    python analyze.py --runs='out/laptop-*' --figure=gain         # composite gain by depth alone
+    python analyze.py --runs=results/constraint                   # a study's results
+
+One run leaves analysis.json (`analysis` says what is in it) and analysis.png in its out_dir. Many
+runs leave, in the folder that holds them,
+
+    loss.png        validation loss against tokens, steps and time; bands over seeds
+    training.png    norm of the gradient, and composite gain, while training
+    study.png       differences in the last loss, paired by seed, with 95 % intervals
+    gain.png        composite gain by depth, from the checkpoints; the numbers in gain.json
+"""
+
+import dataclasses
+import functools
+import glob
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint as checkpoints
+import curves
+import maps
+import plots
+from configurator import configure
+from data import TokenBlocks, write_atomic
+from measure import composite_gains, look_at, loss_changes
+from mixers import composite_gain
+from model import GPT, GPTConfig
+from runtime import RunError, pick_device, provenance
+
+# One run
+out_dir = "out"  # of the run
+checkpoint = "latest"  # latest, best, or a path
+tokens = 8192  # validation tokens whose streams and matrices are looked at
+loss_tokens = 8192  # validation tokens for the loss with one M replaced; 0: that is left out
+# Many runs
+runs = ""  # folders of runs, with commas between, * for any name; or a study's results
+figure = "all"  # loss, training, study, gain, or all
+references = "residual,identity"  # arms that the others are compared with
+# Both
+out = ""  # folder for what is written; empty: the run's, or the one that holds the runs
+data_dir = ""  # where the data sets are; empty: where the run found them
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+configure(globals())
+
+AT_ONCE = 4096  # tokens in a batch: the streams before every sublayer are in memory together
+
+
+def main():
+    if tokens < 1 or loss_tokens < 0:
+        raise ValueError(
+            f"tokens = {tokens} must be at least 1, and loss_tokens = {loss_tokens} at least 0"
+        )
+    if runs:
+        compare_runs()
+    else:
+        look_at_run()
+
+
+def look_at_run():
+    path = checkpoint_path(out_dir, checkpoint)
+    found = analysis(path, pick_device(device))
+    print(table(found))
+    folder = Path(out or path.parent)
+    write_json(folder / "analysis.json", found)
+    print(f"written: {folder / 'analysis.json'}")
+    plots.save(folder / "analysis.png", maps.run_figure, found)
+    print(f"written: {folder / 'analysis.png'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# One run: its checkpoint, and what is measured of it
+
+
+def checkpoint_path(folder, which):
+    """latest (the newest that is whole), best, or a path -> the path. RunError without one."""
+    if which == "best":
+        return Path(folder) / "best.pt"
+    if which != "latest":
+        return Path(which)
+    newest = checkpoints.latest(folder)
+    if newest is None:
+        raise RunError(
+            f"{folder} has no checkpoint yet; name the --out_dir of a run that has, or train one: "
+            "python train.py config/tbp.py config/laptop.py"
+        )
+    return newest
+
+
+def load_model(path, where):
+    """-> the model of a checkpoint, on `where`, and the checkpoint's state. Raises RunError.
+
+    All is looked at in float32, whatever the run's dtype.
+    """
+    state = checkpoints.load(path)
+    model_config = checkpoints.model_config(path, state, GPTConfig)
+    model = GPT(dataclasses.replace(model_config, stream_dtype="auto"))
+    checkpoints.restore(path, state, model)
+    return model.to(where).eval(), state
+
+
+def validation_batches(state, count, where):
+    """The first `count` validation tokens (whole sequences, at least one) of a run's data set.
+
+    -> a list of (idx, targets), each (B, T) on `where`. Raises DataError where there are too few.
+    """
+    run = state["config"]
+    folder = Path(data_dir or run["data_dir"]) / run["dataset"]
+    blocks = TokenBlocks(folder, "val", run["block_size"])
+    sequences = max(1, count // run["block_size"])
+    at_once = max(1, AT_ONCE // run["block_size"])
+    starts = range(0, sequences, at_once)
+    batches = [blocks.in_order(start, min(at_once, sequences - start)) for start in starts]
+    return [tuple(tensor.to(where) for tensor in batch) for batch in batches]
+
+
+def analysis(path, where):
+    """What analysis.json holds of the checkpoint at `path`.
+
+    checkpoint, step, mixer, n_streams, dynamic: of the run. provenance: of this analysis.
+    tokens: how many were looked at, the first of the validation split.
+    composite_gain: mixers.composite_gain of the mean matrices.
+    loss, loss_tokens: validation loss in nats a token, and on how many tokens; None and 0 if not
+        wanted.
+    sublayers: a list in order of depth; of each, with M averaged over the tokens unless said:
+      name            its layer and branch, "3 mlp"
+      mix, read, write          means (n, n), (n,), (n,)
+      mix_spread, read_spread, write_spread   standard deviations over tokens, entry by entry
+      spread          root mean square, over tokens, of the Frobenius norm of M - mean M
+      from_identity, from_uniform       Frobenius norms of M - I and of M - 11^T / n
+      singular_values           of M, largest first; the second says how slowly streams mix
+      ds_error        mixers.ds_error, the largest over the tokens
+      forward_gain_from_first, backward_gain_from_first     largest absolute row sum and column
+                      sum of the product of the matrices from the first sublayer to this one
+      forward_gain_to_last, backward_gain_to_last           the same from this one to the last
+      cosine          between two streams before the sublayer, mean over pairs and tokens
+      effective_streams         before the sublayer, see `effective_streams`; mean over tokens
+      dominant_stream, dominant_share   the stream (from 0) with the largest mean |read|, and
+                      |its read| / sum |read|, mean over tokens
+      loss_change     {"identity": [change, error], "mean": [change, error]}: of the loss when
+                      this M alone is I, or its mean, for every token; the error is the standard
+                      error of the mean over sequences. None without loss_tokens
+    A number that is not finite, or not defined with one stream, is null.
+    """
+    model, state = load_model(path, where)
+    sublayers, n_tokens = look_at(model, validation_batches(state, tokens, where))
+    means = mean_matrices(sublayers)
+    for sublayer, gains in zip(sublayers, composite_gains(means)):
+        sublayer.update(gains, loss_change=None)
+    found = {
+        "checkpoint": str(path),
+        "provenance": provenance(),
+        "step": state["step"],
+        "mixer": model.config.mixer,
+        "n_streams": model.config.n_streams,
+        "dynamic": model.config.dynamic,
+        "tokens": n_tokens,
+        "composite_gain": composite_gain(means),
+        "loss": None,
+        "loss_tokens": 0,
+        "sublayers": sublayers,
+    }
+    if loss_tokens:
+        batches = validation_batches(state, loss_tokens, where)
+        found["loss"], changes = loss_changes(model, means, batches)
+        found["loss_tokens"] = sum(idx.numel() for idx, _ in batches)
+        for sublayer, change in zip(sublayers, changes):
+            sublayer["loss_change"] = change
+    return found
+
+
+def mean_matrices(sublayers):
+    return [torch.tensor(sublayer["mix"], dtype=torch.float64) for sublayer in sublayers]
+
+
+# --------------------------------------------------------------------------------------------------
+# What is written of one run
+
+
+def read_most(sublayer):
+    """The stream that is read most, and its share of the read, for the table."""
+    return f"{sublayer['dominant_stream']}: {number(sublayer['dominant_share'], '.0%')}"
+
+
+def loss_change(kind, sublayer):
+    """The change of the loss with M replaced, and its standard error, for the table."""
+    if sublayer["loss_change"] is None:
+        return "-"
+    change, error = sublayer["loss_change"][kind]
+    return f"{number(change, '+.4f')} ± {number(error, '.4f')}"
+
+
+def second_singular_value(sublayer):
+    return number(sublayer["singular_values"][1], ".3f") if len(sublayer["mix"]) > 1 else "-"
+
+
+COLUMNS = [  # of the table: heading, and sublayer -> text
+    ("sublayer", lambda s: s["name"]),
+    ("M - I", lambda s: number(s["from_identity"], ".3f")),
+    ("M - 1/n", lambda s: number(s["from_uniform"], ".3f")),
+    ("sigma 2", second_singular_value),
+    ("spread", lambda s: number(s["spread"], ".3f")),
+    ("ds error", lambda s: number(s["ds_error"], ".0e")),
+    ("forward", lambda s: number(s["forward_gain_from_first"], "#.3g")),
+    ("backward", lambda s: number(s["backward_gain_to_last"], "#.3g")),
+    ("cosine", lambda s: number(s["cosine"], ".3f")),
+    ("streams", lambda s: number(s["effective_streams"], ".2f")),
+    ("reads most", read_most),
+    ("loss, M = I", functools.partial(loss_change, "identity")),
+    ("loss, M = mean", functools.partial(loss_change, "mean")),
+]
+
+
+def table(found):
+    """`analysis` as text: a line a sublayer."""
+    title = f"{found['checkpoint']}: step {found['step']}, {found['mixer']}, n = "
+    title += f"{found['n_streams']}, composite gain {found['composite_gain']:.3f}"
+    if found["loss"] is not None:
+        title += f", loss {found['loss']:.4f} on {found['loss_tokens']:,} tokens"
+    lines = [title, ""]
+    cells = [[heading for heading, _ in COLUMNS]]
+    cells += [[show(sublayer) for _, show in COLUMNS] for sublayer in found["sublayers"]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths))
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]))
+    return "\n".join(lines)
+
+
+def number(value, form):
+    """`value` in the format `form`; a dash where it is not defined."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+# --------------------------------------------------------------------------------------------------
+# Many runs
+
+
+def compare_runs():
+    if figure not in ("all", *FIGURES):
+        raise ValueError(f"figure must be all or one of {', '.join(FIGURES)}, not {figure!r}")
+    folders = [Path(name) for part in runs.split(",") for name in sorted(glob.glob(part))]
+    if not folders:
+        raise RunError(
+            f"--runs={runs}: there is no such folder; a pattern is --runs='out/laptop-*'"
+        )
+    target = Path(out or os.path.commonpath(folders))
+    points = curves.points_of(curves.read_results(folders))
+    for name in FIGURES if figure == "all" else (figure,):
+        try:
+            FIGURES[name](points, target)
+            print(f"written: {target / name}.png")
+        except NothingToDraw as reason:
+            if name == figure:
+                raise
+            print(f"no {name}.png: {reason}")
+
+
+class NothingToDraw(ValueError):
+    """The runs have nothing that the figure could show; the message says what is missing."""
+
+
+def draw_loss(points, target):
+    reference, losses = reference_of(points), curves.by_tokens(points, "val")
+    if not losses:
+        raise NothingToDraw("no run has a loss that is finite")
+    plots.save(
+        target / "loss.png",
+        plots.loss_figure,
+        losses,
+        curves.by_seconds(points, "val"),
+        curves.differences(points, reference) if reference else [],
+        reference and curves.label(reference),
+        curves.tokens_of_a_step(points),
+    )
+
+
+def reference_of(points):
+    """The point of the first of `references` that there is, else None."""
+    for name in references.split(","):
+        for point in points:
+            if point.arm == name:
+                return point
+    return None
+
+
+def draw_training(points, target):
+    norms, gains = curves.by_tokens(points, "norm_max"), curves.by_tokens(points, "gain")
+    if not norms:
+        raise NothingToDraw("no run has a step between two evaluations yet")
+    step = curves.tokens_of_a_step(points)
+    plots.save(target / "training.png", plots.training_figure, norms, gains, step)
+
+
+def draw_study(points, target):
+    """The last losses against those of each of `references`."""
+    unfinished = [
+        point
+        for point in points
+        if any(run["steps"] < run["knobs"]["max_iters"] for run in point.finished().values())
+    ]
+    for point in unfinished:
+        print(f"{curves.label(point)} is not in study.png: it has runs that are not finished")
+    points = [point for point in points if point not in unfinished]
+    panels = {name: curves.intervals(points, name) for name in references.split(",")}
+    panels = {name: rows for name, rows in panels.items() if rows}
+    if not panels:
+        raise NothingToDraw(
+            f"differences are taken from --references={references}, and no finished run of these "
+            "has a seed in common with another arm's"
+        )
+    plots.save(target / "study.png", plots.study_figure, curves.arms_in_order(points), panels)
+
+
+def draw_gain(points, target):
+    """From the newest checkpoints, else from the gain.json of an earlier call."""
+    path = target / "gain.json"
+    runs_with = [
+        (point, seed, run["folder"])
+        for point in points
+        for seed, run in point.runs.items()
+        if run["folder"] and checkpoints.steps(run["folder"])
+    ]
+    if runs_with:
+        kept = [gain_of_run(point, seed, folder) for point, seed, folder in runs_with]
+        write_json(path, {"provenance": provenance(), "tokens": tokens, "runs": kept})
+    elif path.exists():
+        kept = json.loads(path.read_text())["runs"]
+    else:
+        raise NothingToDraw(
+            f"no checkpoint in the runs, and no {path}; name the folders of the runs themselves, "
+            f"with --out={target}"
+        )
+    plots.save(target / "gain.png", plots.gain_figure, *curves.by_depth(kept))
+
+
+def gain_of_run(point, seed, folder):
+    """One run in gain.json: the gains by depth, as in `analysis`, of its newest checkpoint."""
+    path = checkpoint_path(folder, "latest")
+    model, state = load_model(path, pick_device(device))
+    sublayers, _ = look_at(model, validation_batches(state, tokens, pick_device(device)))
+    gains = composite_gains(mean_matrices(sublayers))
+    return {
+        "arm": curves.label(point),
+        "mixer": model.config.mixer,
+        "seed": seed,
+        "checkpoint": str(path),
+        "step": state["step"],
+        "forward_gain_from_first": [gain["forward_gain_from_first"] for gain in gains],
+        "backward_gain_to_last": [gain["backward_gain_to_last"] for gain in gains],
+    }
+
+
+FIGURES = {"loss": draw_loss, "training": draw_training, "study": draw_study, "gain": draw_gain}
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(finite(value), indent=1).encode() + b"\n")
+
+
+def finite(value):
+    """`value` with None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RunError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,418 @@
+"""analyze.py: its numbers against numpy and other statements of them, its files and its figures."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+
+import curves
+import plots
+from measure import (
+    composite_gains,
+    effective_streams,
+    gram_matrices,
+    look_at,
+    loss_changes,
+    pairwise_cosine,
+    replaced_mix,
+    sequence_losses,
+)
+from mixers import composite_gain
+from model import GPT, GPTConfig
+from runtime import RunError
+
+SMALL = {"block_size": 16, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": False}
+
+
+def small_model(mixer, **knobs):
+    """With weights that a little training could have given: no two streams alike, M far from I."""
+    torch.manual_seed(1)
+    n_streams = 1 if mixer == "residual" else 3
+    model = GPT(GPTConfig(mixer=mixer, n_streams=n_streams, **SMALL, **knobs)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hc_" in name:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(5)
+    return model
+
+
+def small_batches(sizes=(3, 2)):
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(64, (size, 17), generator=generator) for size in sizes]
+    return [(t[:, :-1], t[:, 1:]) for t in tokens]
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_composite_gains_are_those_of_numpy_products():
+    generator = np.random.default_rng(0)
+    matrices = list(generator.normal(size=(5, 3, 3)))  # of any sign, and not symmetric
+    gains = composite_gains([torch.from_numpy(M) for M in matrices])
+    for depth, gain in enumerate(gains):
+        first, last = np.eye(3), np.eye(3)
+        for M in matrices[: depth + 1]:
+            first = M @ first  # what is written later acts later, from the left
+        for M in matrices[depth:]:
+            last = M @ last
+        for product, name in ((first, "from_first"), (last, "to_last")):
+            row_sum, column_sum = np.linalg.norm(product, np.inf), np.linalg.norm(product, 1)
+            assert gain[f"forward_gain_{name}"] == pytest.approx(row_sum, rel=1e-12)
+            assert gain[f"backward_gain_{name}"] == pytest.approx(column_sum, rel=1e-12)
+    largest = max(max(gain.values()) for gain in gains)
+    assert composite_gain([torch.from_numpy(M) for M in matrices]) >= largest * (1 - 1e-12)
+
+
+@pytest.mark.quick
+def test_effective_streams_of_made_streams():
+    alike = torch.randn(1, 1, 1, 32) * torch.tensor([1.0, -2.0, 3.0, 0.5])[:, None]
+    assert effective_streams(gram_matrices(alike)).item() == pytest.approx(1, abs=1e-5)
+    orthogonal = torch.linalg.qr(torch.randn(32, 4)).Q.T[None, None] * 7
+    assert effective_streams(gram_matrices(orthogonal)).item() == pytest.approx(4, abs=1e-4)
+    x = torch.randn(2, 3, 4, 32)
+    singular = np.linalg.svd(x.numpy() @ x.numpy().swapaxes(-1, -2), compute_uv=False)
+    expected = singular.sum(-1) ** 2 / (singular**2).sum(-1)
+    np.testing.assert_allclose(effective_streams(gram_matrices(x)), expected, rtol=1e-4)
+
+
+@pytest.mark.quick
+def test_cosine_is_the_mean_over_pairs():
+    x = torch.randn(1, 1, 4, 8)
+    streams = x[0, 0].numpy()
+    pairs = [
+        streams[i] @ streams[j] / np.linalg.norm(streams[i]) / np.linalg.norm(streams[j])
+        for i in range(4)
+        for j in range(i)
+    ]
+    assert pairwise_cosine(gram_matrices(x)).item() == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert pairwise_cosine(gram_matrices(x[:, :, :1])).isnan().all()
+
+
+@pytest.mark.parametrize("mixer", ["hc", "tbp"])
+def test_numbers_of_sublayers_are_those_of_numpy_over_all_tokens(mixer):
+    """Two batches against one pass over all tokens of both."""
+    model, batches = small_model(mixer), small_batches()
+    found, count = look_at(model, batches)
+    observed = model.observe(torch.cat([idx for idx, _ in batches]))
+    assert count == 5 * 16 and len(found) == len(observed) == 4
+    assert [sublayer["name"] for sublayer in found] == ["0 attn", "0 mlp", "1 attn", "1 mlp"]
+    for sublayer, seen in zip(found, observed):
+        for name in ("mix", "read", "write"):
+            values = getattr(seen, name).flatten(0, 1).double().numpy()
+            np.testing.assert_allclose(sublayer[name], values.mean(0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(sublayer[f"{name}_spread"], values.std(0), atol=1e-5)
+        M = seen.mix.flatten(0, 1).double().numpy()
+        mean = M.mean(0)
+        squared = ((M - mean) ** 2).sum((1, 2)).mean()
+        assert sublayer["spread"] == pytest.approx(math.sqrt(squared), rel=1e-4)
+        assert sublayer["from_identity"] == pytest.approx(np.linalg.norm(mean - np.eye(3)))
+        assert sublayer["from_uniform"] == pytest.approx(np.linalg.norm(mean - np.ones((3, 3)) / 3))
+        np.testing.assert_allclose(
+            sublayer["singular_values"], np.linalg.svd(mean, compute_uv=False), rtol=1e-5
+        )
+        off = max(abs(M.sum(1) - 1).max(), abs(M.sum(2) - 1).max(), (-M).max())
+        assert sublayer["ds_error"] == pytest.approx(off, rel=1e-4, abs=1e-6)
+        a = np.abs(seen.read.flatten(0, 1).numpy())
+        dominant = a.mean(0).argmax()
+        assert sublayer["dominant_stream"] == dominant
+        share = (a[:, dominant] / a.sum(1)).mean()
+        assert sublayer["dominant_share"] == pytest.approx(share, rel=1e-4)
+
+
+# ---- the loss with one M replaced ----------------------------------------------------------------
+
+
+def test_a_replaced_matrix_is_the_one_that_mixes():
+    """Replacing M by A gives the loss of the model whose parameters make A, token by token the
+    same, and afterwards the model is as it was."""
+    model, batches = small_model("hc", dynamic=False), small_batches()
+    A = torch.randn(3, 3)
+    usual = sequence_losses(model, batches)
+    connection = model.blocks[1].hc_attn
+    with replaced_mix(connection, A):
+        replaced = sequence_losses(model, batches)
+    with pytest.raises(KeyboardInterrupt), replaced_mix(connection, A):
+        raise KeyboardInterrupt
+    assert torch.equal(sequence_losses(model, batches), usual)
+    with torch.no_grad():
+        connection.bias[6:15] = A.flatten()  # three reads, three writes, then M row by row
+    own = sequence_losses(model, batches)
+    assert (own - usual).abs().max() > 1e-3
+    torch.testing.assert_close(replaced, own, rtol=0, atol=1e-5)
+
+
+def test_sequence_losses_are_the_models_loss():
+    model = small_model("tbp")
+    (idx, targets), *_ = small_batches()
+    found = sequence_losses(model, [(idx, targets)]).mean().item()
+    assert found == pytest.approx(model(idx, targets)[1].item(), rel=1e-5)
+
+
+def test_where_the_loss_cannot_change_it_does_not():
+    batches = small_batches()
+    for mixer in ("residual", "identity"):
+        model = small_model(mixer)
+        means = [M.double() for M in model.mixing_matrices(batches[0][0])]
+        loss, changes = loss_changes(model, means, batches)
+        assert loss == pytest.approx(sequence_losses(model, batches).mean().item())
+        assert len(changes) == 4
+        for change in changes:
+            assert change["identity"] == pytest.approx([0, 0], abs=1e-6)
+            assert change["mean"] == pytest.approx([0, 0], abs=1e-6)
+    model = small_model("tbp", dynamic=False)  # one M for all tokens: its mean is itself
+    means = [M.double() for M in model.mixing_matrices(batches[0][0])]
+    changes = loss_changes(model, means, batches)[1]
+    assert max(abs(change["mean"][0]) for change in changes) < 1e-5
+    # A doubly stochastic M does nothing to equal streams, which the first sublayer has, and nothing
+    # to the mean of the streams, which is all that is read after the last.
+    identity = [abs(change["identity"][0]) for change in changes]
+    assert max(identity[0], identity[-1]) < 1e-6 and min(identity[1:-1]) > 1e-5
+
+
+def test_loss_change_and_its_error_are_of_paired_sequences():
+    model, batches = small_model("hc"), small_batches()
+    means = [M.double() for M in model.mixing_matrices(batches[0][0])]
+    _, changes = loss_changes(model, means, batches)
+    before = sequence_losses(model, batches).numpy()
+    with replaced_mix(model.blocks[0].hc_mlp, torch.eye(3)):
+        after = sequence_losses(model, batches).numpy()
+    expected = (after - before).mean(), (after - before).std(ddof=1) / math.sqrt(5)
+    assert changes[1]["identity"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- many runs: from files to curves -------------------------------------------------------------
+
+
+def write_run(folder, losses, *, ms=100.0, interval=10, **knobs):
+    """A run's files as train.py leaves them: an evaluation every `interval` steps from step 0."""
+    folder.mkdir(parents=True)
+    knobs = {
+        **{"mixer": "tbp", "n_streams": 4, "seed": 1, "learning_rate": 1e-3, "min_lr": 1e-4},
+        **{"total_batch_tokens": 256, "max_iters": (len(losses) - 1) * interval},
+        **{"out_dir": str(folder), "data_dir": "data", "dataset": "tiny", "block_size": 16},
+        **knobs,
+    }
+    (folder / "config.json").write_text(json.dumps({**knobs, "provenance": {"commit": None}}))
+    lines = []
+    for i, loss in enumerate(losses):
+        step = i * interval
+        if i:
+            line = {"step": step, "loss": loss, "norm": 1.0, "norm_max": 1.0 + i, "ms": ms}
+            lines.append(line)
+        lines.append({"step": step, "val": loss, "gain": 1.0 + i})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_curves_of_runs(tmp_path):
+    """Mean, lowest and highest seed at the steps that all have; half a line is not read yet."""
+    one = write_run(tmp_path / "a", [5.0, 3.0, 2.0], seed=1)
+    two = write_run(tmp_path / "b", [5.0, 4.0, 2.5, 2.0], seed=2, ms=300.0, max_iters=20)
+    with open(one / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "val": 1.')
+    residual = write_run(
+        tmp_path / "c", [5.0, 3.5, 2.25], seed=1, mixer="residual", n_streams=1, compile=False
+    )
+    points = curves.points_of(curves.read_results([one, two, residual]))
+    assert [(p.arm, sorted(p.runs)) for p in points] == [("tbp", [1, 2]), ("residual", [1])]
+    tbp, plain = curves.by_tokens(points, "val")
+    assert tbp == ("tbp", "tbp", 2, [0, 2560, 5120], [5, 3.5, 2.25], [5, 3, 2], [5, 4, 2.5])
+    assert plain.x == tbp.x and plain.low == plain.high == plain.mean == [5, 3.5, 2.25]
+    assert curves.by_seconds(points, "val")[0].x == [0, 10 * 0.2, 20 * 0.2]  # the median run's
+    (difference,) = curves.differences(points, points[1])
+    assert difference.label == "tbp" and difference.seeds == 1
+    assert difference.mean == pytest.approx([0, -0.5, -0.25])
+    assert curves.by_tokens(points, "norm_max")[0].x == [2560, 5120]
+    assert curves.tokens_of_a_step(points) == 256
+
+
+def test_diverged_seeds_are_counted_and_not_averaged(tmp_path, capsys):
+    write_run(tmp_path / "a", [5.0, 3.0, 2.0], seed=1)
+    write_run(tmp_path / "b", [5.0, 9.0, None], seed=2)
+    points = curves.points_of(curves.read_results([tmp_path]))
+    assert "tbp: 1 of 2 diverged" in capsys.readouterr().out
+    (curve,) = curves.by_tokens(points, "val")
+    assert curve.seeds == 1 and curve.mean == curve.high == [5, 3, 2]
+    assert curves.arms_in_order(points) == [("tbp", "tbp", "1 of 2 diverged")]
+
+
+def test_arms_are_named_by_what_differs(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", [5.0, 3.0], mixer="hc"),
+        write_run(tmp_path / "b", [5.0, 3.0], mixer="hc", n_streams=8),
+        write_run(tmp_path / "c", [5.0, 3.0], mixer="residual", n_streams=1),
+        write_run(tmp_path / "d", [5.0, 3.0], mixer="tbp"),
+    ]
+    arms = [result["arm"] for result in curves.read_results(folders)]
+    assert arms == ["hc", "hc, n_streams=8", "residual", "tbp"]
+
+
+def test_a_sweep_of_learning_rates_is_shown_at_its_best(tmp_path, capsys):
+    low, high = {"learning_rate": 1e-3, "min_lr": 1e-4}, {"learning_rate": 2e-3, "min_lr": 2e-4}
+    write_run(tmp_path / "a", [5.0, 3.0], **low)
+    write_run(tmp_path / "b", [5.0, 2.0], **high)
+    (point,) = curves.points_of(curves.read_results([tmp_path]))
+    assert curves.label(point) == "tbp" and point.axes == {"learning_rate": 2e-3}
+    assert "tbp at learning rate 0.001 is left out" in capsys.readouterr().out
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    with pytest.raises(RunError, match="no run is there"):
+        curves.read_results([tmp_path])
+    write_run(tmp_path / "a", [5.0, 3.0])
+    write_run(tmp_path / "b", [5.0, 2.0])
+    with pytest.raises(ValueError, match="one arm and one seed"):
+        curves.points_of(curves.read_results([tmp_path]))
+    (tmp_path / "b" / "metrics.jsonl").write_text("")
+    assert len(curves.read_results([tmp_path])) == 1
+    assert f"{tmp_path / 'b'} is left out: it has no evaluation yet" in capsys.readouterr().out
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_names_are_spread_apart_and_stay_near():
+    assert plots.spread([0.2, 0.9, 0.5], 0.1) == pytest.approx([0.2, 0.9, 0.5])  # far enough
+    assert plots.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])  # about the middle
+    assert plots.spread([0.0, 0.0], 0.1) == pytest.approx([0.0, 0.1])
+    assert plots.spread([1.0, 1.0], 0.1) == pytest.approx([0.9, 1.0])
+    generator = np.random.default_rng(0)
+    for count in range(1, 20):
+        wanted = generator.random(count).round(1).tolist()
+        places = plots.spread(wanted, 0.05)
+        order = np.argsort(wanted, kind="stable")
+        assert (np.diff(np.array(places)[order]) > 0.05 - 1e-9).all()
+        assert min(places) >= 0 and max(places) <= max(1, 0.05 * (count - 1)) + 1e-9
+
+
+def check_figure(path):
+    """A picture of 1200 pixels with something drawn in each quarter, small enough for a README."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    picture = imread(path)[..., :3]
+    height, width = picture.shape[:2]
+    assert width == 1200 and path.stat().st_size < 300e3
+    drawn = np.abs(picture - to_rgb(plots.BACKGROUND)).max(-1) > 0.1
+    for half in (drawn[: height // 2], drawn[height // 2 :]):
+        for quarter in (half[:, : width // 2], half[:, width // 2 :]):
+            assert quarter.mean() > 0.001
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, tmp_path_factory):
+    """A folder with two runs of 6 steps, tbp and residual."""
+    from conftest import TINY
+
+    out = tmp_path_factory.mktemp("runs")
+    for mixer, n in (("tbp", 4), ("residual", 1)):
+        words = [f"--mixer={mixer}", f"--n_streams={n}", f"--out_dir={out / mixer}"]
+        run("train.py", *TINY, f"--data_dir={tiny_data}", "--compile=False", *words)
+    return out
+
+
+KEYS = set(
+    "name mix mix_spread read read_spread write write_spread spread from_identity from_uniform "
+    "singular_values ds_error forward_gain_from_first backward_gain_from_first "
+    "forward_gain_to_last backward_gain_to_last cosine effective_streams dominant_stream "
+    "dominant_share loss_change".split()
+)
+
+
+@pytest.mark.parametrize("mixer, n", [("tbp", 4), ("residual", 1)])
+def test_one_run(trained, tmp_path, mixer, n):
+    pytest.importorskip("matplotlib")
+    output = run(
+        "analyze.py", f"--out_dir={trained / mixer}", "--tokens=64", "--loss_tokens=48",
+        f"--out={tmp_path}",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert (found["mixer"], found["step"], found["n_streams"]) == (mixer, 6, n)
+    assert (found["tokens"], found["loss_tokens"]) == (64, 48) and found["loss"] > 0
+    assert found["composite_gain"] == pytest.approx(1, abs=1e-5)
+    assert found["provenance"]["command"].startswith("analyze.py")
+    assert len(found["sublayers"]) == 4
+    for sublayer in found["sublayers"]:
+        assert sublayer.keys() == KEYS and np.shape(sublayer["mix"]) == (n, n)
+        assert sublayer["ds_error"] < 1e-5
+        assert (sublayer["cosine"] is None) == (n == 1)
+        assert sublayer["loss_change"].keys() == {"identity", "mean"}
+    rows = [line for line in output.splitlines() if " attn " in line or " mlp " in line]
+    assert len(rows) == 4 and len({len(row) for row in rows}) == 1
+    check_figure(tmp_path / "analysis.png")
+
+
+def test_a_run_that_is_still_going(trained, tmp_path):
+    """Its newest checkpoint may be half written: the one before it is looked at."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "going"
+    shutil.copytree(trained / "tbp", folder)
+    newest = sorted(folder.glob("ckpt_*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    output = run("analyze.py", f"--out_dir={folder}", "--tokens=16", "--loss_tokens=0")
+    assert "warning" in output and ": step 4, tbp" in output
+    found = json.loads((folder / "analysis.json").read_text())
+    assert found["loss"] is None and found["sublayers"][0]["loss_change"] is None
+
+
+def test_many_runs(trained, tmp_path):
+    """All figures; then that of the gains again, without checkpoints, from gain.json."""
+    pytest.importorskip("matplotlib")
+    out = f"--out={tmp_path}"
+    output = run("analyze.py", f"--runs={trained}/*", "--tokens=32", out)
+    for name in ("loss", "training", "study", "gain"):
+        assert f"written: {tmp_path / name}.png" in output
+        check_figure(tmp_path / f"{name}.png")
+    kept = json.loads((tmp_path / "gain.json").read_text())["runs"]
+    assert [run["arm"] for run in kept] == ["residual", "tbp"]
+    assert kept[1]["forward_gain_from_first"] == pytest.approx([1] * 4, abs=1e-5)
+    first = (tmp_path / "gain.png").read_bytes()
+    bare = tmp_path / "bare"
+    for folder in trained.iterdir():
+        shutil.copytree(folder, bare / folder.name, ignore=shutil.ignore_patterns("*.pt"))
+    run("analyze.py", f"--runs={bare}", "--figure=gain", out)
+    assert (tmp_path / "gain.png").read_bytes() == first
+
+
+def test_what_is_missing_is_said(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "a", [5.0, 3.0, 2.0], max_iters=100)
+    output = run("analyze.py", f"--runs={tmp_path}", f"--out={tmp_path / 'pictures'}")
+    assert "tbp is not in study.png: it has runs that are not finished" in output
+    assert "no study.png: differences are taken from --references=residual,identity" in output
+    assert "no gain.png: no checkpoint in the runs" in output
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "loss.png",
+        "training.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--tokens=0", "tokens = 0 must be at least 1"),
+        ("--loss_tokens=-1", "loss_tokens = -1 at least 0"),
+        ("--out_dir=nowhere", "nowhere has no checkpoint yet"),
+        ("--runs=nowhere/*", "--runs=nowhere/*: there is no such folder"),
+        ("--runs=config --figure=loss", "config: no run is there"),
+        ("--runs=config --figure=lots", "figure must be all or one of loss, training, study, gain"),
+    ],
+)
+def test_refuses(words, said):
+    assert said in run("analyze.py", *words.split(), ok=False)
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(RunError, match="pip install matplotlib"):
+        plots.save(Path("loss.png"), plots.gain_figure, [], [])
