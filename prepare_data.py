@@ -1,20 +1,23 @@
 """From a corpus to token shards, which train.py reads.
 
-    python prepare_data.py                                       # Python's own sources -> data/stdlib; no download
-    python prepare_data.py openwebtext                           # 9 billion GPT-2 tokens, 24 GB -> data/openwebtext
-    python prepare_data.py HuggingFaceFW/fineweb --config sample-10BT              # any text data set of the Hub
-    python prepare_data.py --files 'texts/*.txt' --name mytexts  # .txt (a document each), .jsonl, .parquet; .gz .bz2 ..
-    python prepare_data.py --adopt data/fineweb10B --tokenizer gpt2  # describe shards of llm.c or nanoGPT, as they are
+    python prepare_data.py  # Python's own sources -> data/stdlib; no download
+    python prepare_data.py openwebtext  # 9 billion GPT-2 tokens, 24 GB -> data/openwebtext
+    python prepare_data.py HuggingFaceFW/fineweb --config sample-10BT  # any texts of the Hub
+    python prepare_data.py kjj0/fineweb10B-gpt2  # ready-made shards of the Hub, 20 GB
+    python prepare_data.py --files texts 'more/*.jsonl.gz' --name mytexts  # files of yours
+    python prepare_data.py --files stories.txt --separator '<|endoftext|>' --tokenizer chars
+    python prepare_data.py --adopt data/fineweb10B --tokenizer gpt2  # shards that lie there
 
-Stopped or killed, the same command continues after the last whole shard and ends with the same bytes. Each document
-follows an end-of-text token. A hash of its content puts it into train or val, so no text is in both.
+Stopped or killed, the same command continues after the last whole shard and ends with the same
+bytes. Each document follows an end-of-text token. A hash of its content puts it into train or val,
+so no text is in both.
 """
+
 import argparse
+import codecs
 import collections
-import glob
+import functools
 import hashlib
-import importlib.util
-import io
 import json
 import multiprocessing
 import os
@@ -22,130 +25,122 @@ import platform
 import shlex
 import signal
 import sys
-import sysconfig
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
-from data import (META, PROGRESS, TOKENIZERS, DataError, get_tokenizer, probe, read_meta, read_shard, scan, verify,
-                  write_atomic, write_meta, write_shard)
+from adopt import READY_MADE, adopt, fetch
+from corpus import (
+    Reading,
+    ask_hub,
+    find_files,
+    hub_files,
+    read_documents,
+    standard_library,
+    start,
+)
+from data import (
+    META,
+    PROGRESS,
+    DataError,
+    brief,
+    read_meta,
+    read_shard,
+    verify,
+    write_meta,
+)
+from splits import Split, load_progress, plan_splits, save_progress, split_text
+from tokenizer import (
+    END_OF_TEXT,
+    clean,
+    describe,
+    describe_characters,
+    get_tokenizer,
+    tokenizer_name,
+)
 
-OPENWEBTEXT = "Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c"
-FILES = {".txt": ("text", {"sample_by": "document"}), ".jsonl": ("json", {}), ".parquet": ("parquet", {})}
-COMPRESSED = ".gz", ".bz2", ".xz", ".zst"
+OPENWEBTEXT = ("Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c")
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1 << 20  # what a worker gets at a time
-OFFLINE = "offline: python prepare_data.py (the standard library's sources), or --files with texts of yours"
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------
+# ---- the source ----------------------------------------------------------------------------------
 
-def open_source(options, position):
-    """-> (iterator of the texts after position, function that says where it is, number of documents or None)."""
+
+def source_files(options):
+    """-> paths, in the order in which they are read. Raises DataError."""
     if options["kind"] == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        paths = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts)
-                       and not path.name.startswith("_sysconfigdata"))  # that one differs from machine to machine
-        return map(read_source, paths[position["consumed"]:]), lambda: None, len(paths)
-    if options["kind"] == "hub":
-        keywords = {"path": options["dataset"], "name": options["config"], "revision": options["revision"]}
-    else:
-        paths = [path for path, *_ in find_files(options["files"])]
-        kinds = {next((s for s in reversed(Path(path).suffixes) if s not in COMPRESSED), "none") for path in paths}
-        if len(kinds) > 1 or not kinds <= FILES.keys():
-            raise DataError(f"--files {shlex.join(options['files'])} finds files of kind {', '.join(sorted(kinds))}; "
-                            f"give one kind of {', '.join(FILES)}, plain or compressed ({', '.join(COMPRESSED)})")
-        if any(path.endswith(".zst") for path in paths) and not importlib.util.find_spec("zstandard"):
-            raise DataError("reading .zst takes one package more: pip install zstandard")
-        builder, keywords = FILES[kinds.pop()]
-        keywords = {"path": builder, "data_files": paths, **keywords}
-    import datasets  # 2 seconds, which the standard library's sources do without
-    dataset = datasets.load_dataset(split=options["split"], streaming=True, **keywords)  # streams: no copy on the disk
-    if position["state"]:
-        dataset.load_state_dict(position["state"])
-    known = (dataset.info.splits or {}).get(options["split"])
-    return (text_of(row, options["text_key"]) for row in dataset), dataset.state_dict, known and known.num_examples
+        return standard_library()
+    if options["kind"] == "files":
+        return find_files(options["files"])
+    return hub_files(options["dataset"], options["config"], options["revision"], options["split"])
 
 
-def read_source(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return ""  # encode leaves empty texts out; the position counts them
+def reading_of(options):
+    """-> how the files are read."""
+    return Reading(
+        text_key=options.get("text_key") or "text",
+        separator=options.get("separator") or "",
+        encoding=options.get("encoding") or "utf-8",
+        skip_unusable=options.get("skip_unusable") or options["kind"] == "stdlib",
+    )
 
 
-def text_of(row, key):
-    if not isinstance(row.get(key, 0), str | None):
-        raise DataError(f"no text in column {key!r}: {row.get(key)!r}; pass --text-key, one of {', '.join(row)}")
-    return row[key] or ""
+def digest_of(paths):
+    """-> a string that is another when a file comes, goes or changes."""
+    states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    return hashlib.blake2b(json.dumps(states).encode(), digest_size=8).hexdigest()
 
 
-def find_files(patterns):
-    """-> [(path, bytes, time of change)], sorted. Raises DataError."""
-    found = {path for pattern in patterns for path in glob.glob(pattern, recursive=True)}
-    paths = sorted(filter(os.path.isfile, found))
-    if not paths:
-        raise DataError(f"--files {shlex.join(patterns)} finds no file")
-    return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+# ---- tokenising ----------------------------------------------------------------------------------
 
-
-def pin_revision(options):
-    """Asks the Hub for the commit, so that a run that continues tomorrow reads what it read today. Raises DataError."""
-    from huggingface_hub import HfApi
-    hub = HfApi()
-    probe(hub.endpoint, OFFLINE)  # datasets would retry for 23 seconds
-    try:
-        options["revision"] = hub.dataset_info(options["dataset"], revision=options["revision"], timeout=10).sha
-    except Exception as error:  # not found, gated, a lost connection: they share no other base class
-        raise DataError(f"data set {options['dataset']}, revision {options['revision'] or 'main'}: {error}; look for "
-                        f"its name at {hub.endpoint}/datasets; for a private one: hf auth login") from error
-
-
-# ---- tokenising -----------------------------------------------------------------------------------------------------
 
 def start_worker():
-    """Ctrl-C is the parent's to answer; and when the parent is killed its workers must not wait for work for ever."""
+    """Ctrl-C is the parent's to answer; and a worker whose parent was killed leaves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def encode(texts, tokenizer, val_share):
-    """-> {split: (uint16 tokens, documents)}; empty texts are left out."""
-    encoding = get_tokenizer(tokenizer)
-    end_of_text = np.array([encoding.eot_token], np.uint32)
-    parts = {"train": [], "val": []}
-    for text in filter(None, texts):
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        split = "val" if int.from_bytes(digest, "little") < val_share * 2**64 else "train"
-        parts[split] += end_of_text, encoding.encode_to_numpy(text, disallowed_special=())  # is encode_ordinary
-    return {split: (np.concatenate([end_of_text[:0], *part]).astype(np.uint16), len(part) // 2)
-            for split, part in parts.items()}
+def leave_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def chunks(texts, state, consumed):
-    """Yields (texts, position); position is all that it takes to continue after them."""
+def encode(texts, description, plan):
+    """description: of the tokenizer; plan: of the splits.
+    -> {split: (uint16 tokens, documents)}."""
+    tokenizer = get_tokenizer(description)
+    end_of_text = np.array([tokenizer.eot_token], np.uint32)
+    parts = {"train": [end_of_text[:0]], "val": [end_of_text[:0]]}
+    documents = {"train": 0, "val": 0}
+    for text in map(clean, texts):
+        for split, part in split_text(text, plan):
+            parts[split] += end_of_text, tokenizer.encode(part)
+            documents[split] += 1
+    return {
+        split: (np.concatenate(parts[split]).astype(np.uint16), documents[split]) for split in parts
+    }
+
+
+def chunks(texts, position):
+    """Yields (some texts, the position after them): all that it takes to continue there."""
     chunk, characters = [], 0
     for text in texts:
         chunk.append(text)
         characters += len(text)
         if len(chunk) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
-            consumed += len(chunk)
-            yield chunk, {"consumed": consumed, "state": state()}
+            yield chunk, dict(position)
             chunk, characters = [], 0
     if chunk:
-        yield chunk, {"consumed": consumed + len(chunk), "state": state()}
+        yield chunk, dict(position)
 
 
 def encode_all(pool, read_ahead, jobs, *arguments):
-    """Yields (encode's result, position) in the order of jobs. Pool.imap would read the whole corpus ahead."""
+    """Yields (encode's result, position) in the order of jobs. Pool.imap would read the whole
+    corpus ahead."""
     waiting = collections.deque()
     for texts, position in jobs:
         waiting.append((pool.submit(encode, texts, *arguments), position))
@@ -156,224 +151,298 @@ def encode_all(pool, read_ahead, jobs, *arguments):
         yield future.result(), position
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-class Split:
-    """One split's tokens on their way into shards."""
-
-    def __init__(self, out, name, shard_tokens):
-        self.out, self.name, self.documents, self.shards = out, name, 0, []
-        self.buffer, self.filled = np.empty(shard_tokens, np.uint16), 0
-
-    @property
-    def tokens(self):
-        return sum(shard["tokens"] for shard in self.shards) + self.filled
-
-    def add(self, tokens, documents):
-        self.documents += documents
-        while len(tokens):
-            part = tokens[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            tokens = tokens[len(part) :]
-            if self.filled == len(self.buffer):
-                self.write()
-
-    def write(self):
-        file, tokens = f"{self.name}_{len(self.shards):06d}.bin", self.buffer[: self.filled]
-        write_shard(self.out / file, tokens)
-        self.shards.append({"file": file, "tokens": len(tokens), "crc32": scan(tokens)[0]})
-        self.filled = 0
-
-
-def save_progress(out, options, position, splits):
-    record = {"options": options, "position": position,
-              "splits": {split.name: [split.documents, split.shards] for split in splits}}
-    file = io.BytesIO()
-    np.savez(file, record=json.dumps(record), **{split.name: split.buffer[: split.filled] for split in splits})
-    write_atomic(out / PROGRESS, file.getbuffer())
-
-
-def load_progress(out):
-    """-> what save_progress recorded, and {split: tokens that are in no shard yet}."""
-    with np.load(out / PROGRESS) as saved:
-        tokens = dict(saved)
-    return json.loads(str(tokens.pop("record"))), tokens
-
-
 class Meter:
     """Prints how far it is: over the same line of a terminal, else a line every few seconds."""
 
-    def __init__(self, splits, consumed, total):
-        self.splits, self.consumed, self.total, self.begun = splits, consumed, total, time.monotonic()
-        self.tokens, self.shown = sum(split.tokens for split in splits), self.begun
+    def __init__(self, splits, position, n_files):
+        self.splits, self.n_files, self.first_file = splits, n_files, position["file"]
+        self.begun = self.shown = time.monotonic()
+        self.first_tokens = sum(split.tokens for split in splits)
 
-    def show(self, consumed, last=False):
+    def show(self, position, last=False):
         terminal, now = sys.stdout.isatty(), time.monotonic()
         if not last and now - self.shown < (0.5 if terminal else 5):
             return
-        self.shown, seconds, tokens = now, now - self.begun, sum(split.tokens for split in self.splits)
-        line = f"{consumed:,} documents, {tokens:,} tokens, {(tokens - self.tokens) / seconds:,.0f} tokens/s"
-        if self.total and consumed > self.consumed:
-            left = (self.total - consumed) * seconds / (consumed - self.consumed)
+        self.shown, seconds = now, now - self.begun
+        tokens = sum(split.tokens for split in self.splits)
+        speed = (tokens - self.first_tokens) / seconds
+        line = f"{position['documents']:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
+        done = position["file"] - self.first_file
+        if done and not last:
+            left = (self.n_files - position["file"]) * seconds / done
             line += f", {left / 60:.1f} min left"
-        print(f"\r{line:79}" if terminal else line, end="\n" if last or not terminal else "", flush=True)
+        print(f"\r{line:79}" if terminal else line, end="" if terminal and not last else "\n")
+        sys.stdout.flush()
+
+
+# ---- preparing -----------------------------------------------------------------------------------
 
 
 def prepare(out, options, workers, command):
     """Makes the data set in folder out, or continues it, or finds it made. Raises DataError."""
-    record = None
-    if (out / META).exists():
-        there = read_meta(out)["source"]
-    elif not any(out.glob("*.bin")):  # a run that wrote no shard binds the next one to nothing
-        there = options
-    elif (out / PROGRESS).exists():
-        record, tokens = load_progress(out)
-        there = record["options"]
-    else:
-        raise DataError(f"{out} has .bin files that are not this script's: pass another --out, or describe them: "
-                        f"python prepare_data.py --adopt {shlex.quote(str(out))} --tokenizer gpt2")
-    if options.get("revision", "") is None:
-        options["revision"] = there.get("revision")
-    if there != options:
-        differences = [f"{key} {there.get(key)} there, {options.get(key)} asked" for key in {**there, **options}
-                       if there.get(key) != options.get(key)]
-        raise DataError(f"{out} was begun with other options ({'; '.join(differences)}): pass another --out, or start "
-                        f"over: rm -rf {shlex.quote(str(out))}; {command}")
+    progress = unfinished(out, options, command)
     if (out / META).exists():
         print(f"{out} is already prepared: {verify(out):,} tokens, every checksum as it should be")
-        (out / PROGRESS).unlink(missing_ok=True)  # the kill may have come just before its removal
+        if (out / PROGRESS).exists():  # the kill came just before its removal
+            (out / PROGRESS).unlink()
         return
-
     if options["kind"] == "hub":
-        pin_revision(options)
-    encoding = get_tokenizer(options["tokenizer"])  # here too, so that its error comes once and not from every worker
-    out.mkdir(parents=True, exist_ok=True)
-    splits = train, val = [Split(out, name, options["shard_tokens"]) for name in ("train", "val")]
-    position = {"consumed": 0, "state": None}
-    if record:
-        position = record["position"]
-        for split in splits:
-            documents, split.shards = record["splits"][split.name]
-            split.add(tokens[split.name], documents)
-            for shard in split.shards:
-                read_shard(out / shard["file"])
-        print(f"continuing after {position['consumed']:,} documents")
-    else:
-        save_progress(out, options, position, splits)  # from now on .bin files here are known as this script's
+        options["revision"], _ = ask_hub(options["dataset"], options["revision"])
 
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         pool.submit(os.getpid).result()  # forks the workers before `datasets` starts threads
+        files, reading = source_files(options), reading_of(options)
+        texts = functools.partial(read_documents, files, reading)  # of a position
+        description = describe_tokenizer(options["tokenizer"], texts)
+        tokenizer = get_tokenizer(description)  # here too: its error comes once, not from workers
+        give_notice(texts, reading, tokenizer)
+        plan = plan_splits(texts(start()), options["val_share"])
+        print_plan(plan, options)
+
+        out.mkdir(parents=True, exist_ok=True)
+        splits = [Split(out, name, options["shard_tokens"]) for name in ("train", "val")]
+        if progress:
+            position = continue_from(out, splits, *progress)
+        else:
+            position = start()
+            save_progress(out, options, position, splits)  # .bin files are known as ours from here
+        meter = Meter(splits, position, len(files))
+        jobs = chunks(texts(position), position)
         try:
-            texts, state, total = open_source(options, position)
-            meter, jobs = Meter(splits, position["consumed"], total), chunks(texts, state, position["consumed"])
-            for parts, position in encode_all(pool, 3 * workers, jobs, options["tokenizer"], options["val_share"]):
-                whole = len(train.shards) + len(val.shards)
+            for parts, reached in encode_all(pool, 3 * workers, jobs, description, plan):
+                shards_before = sum(len(split.shards) for split in splits)
                 for split in splits:
                     split.add(*parts[split.name])
-                if len(train.shards) + len(val.shards) > whole:
-                    save_progress(out, options, position, splits)
-                meter.show(position["consumed"])
-        except DataError:
-            raise
-        except Exception as error:  # whatever `datasets` meets: the network, a damaged file, another encoding
-            raise DataError(f"reading {options['kind']} stopped after {position['consumed']:,} documents ({error!r}); when the "
-                            "cause is gone, the same command continues. Files that were changed are another data set, "
-                            "for another --out") from error
-    meter.show(position["consumed"], last=True)
+                if sum(len(split.shards) for split in splits) > shards_before:
+                    save_progress(out, options, reached, splits)
+                meter.show(reached)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was killed, most likely because the memory is full; the same "
+                f"command continues, with fewer of them: --workers {max(1, workers // 2)}"
+            ) from error
+    meter.show(position, last=True)
+    finish(out, options, command, splits, description, position)
 
+
+def unfinished(out, options, command):
+    """-> what load_progress gives where a run with the same options has begun, None where nothing
+    has; takes over its revision. Raises DataError where other files or other options are there."""
+    progress, there = None, options
+    if (out / META).exists():
+        there = read_meta(out)["source"]
+    elif (out / PROGRESS).exists() and any(out.glob("*.bin")):
+        progress = load_progress(out)
+        there = progress[0]["options"]
+        if progress[0]["position"].keys() != start().keys():
+            there = {**there, "version": "an earlier one"}
+    elif any(out.glob("*.bin")):
+        raise DataError(
+            f"{out} has .bin files that are not this script's: pass another --out, or describe "
+            f"them: python prepare_data.py --adopt {shlex.quote(str(out))} --tokenizer gpt2"
+        )
+    if options["kind"] == "hub" and options["revision"] is None:
+        options["revision"] = there.get("revision")
+
+    differences = []
+    for key in {**there, **options}:
+        if there.get(key) != options.get(key):
+            change = f"{brief(there.get(key), 80)} there, {brief(options.get(key), 80)} asked"
+            if key == "digest":
+                change = "the files are not the same ones, or were changed"
+            differences.append(f"{key}: {change}")
+    if differences:
+        raise DataError(
+            f"{out} was begun with other options ({'; '.join(differences)}): pass another --out, "
+            f"or start over: rm -rf {shlex.quote(str(out))}; {brief(command)}"
+        )
+    return progress
+
+
+def continue_from(out, splits, record, tokens):
+    """Fills the splits with what the stopped run had. -> its position. Raises DataError."""
     for split in splits:
-        if not split.documents:
-            raise DataError(f"none of {train.documents + val.documents:,} documents is in {split.name} at --val-share "
-                            f"{options['val_share']}: give more documents (a .txt file is one) or another --val-share")
+        documents, split.shards = record["splits"][split.name]
+        split.add(tokens[split.name], documents)
+        for shard in split.shards:
+            read_shard(out / shard["file"])
+    print(f"continuing after {record['position']['documents']:,} documents")
+    return record["position"]
+
+
+def describe_tokenizer(argument, texts):
+    """-> the tokenizer's description; for "chars" all texts are read for their characters."""
+    if argument != "chars":
+        return describe(argument)
+    characters = set()
+    for text in texts(start()):
+        characters.update(clean(text))
+    return describe_characters(characters)
+
+
+def give_notice(texts, reading, tokenizer):
+    """Tells of what the first document shows to be other than one might think."""
+    first = next(texts(start()), None)
+    if first is None:
+        raise DataError("there is no text in these files")
+    if END_OF_TEXT in first and not reading.separator:
+        print(
+            f"note: the texts contain {END_OF_TEXT}, which stays text; if it stands between "
+            f"documents: --separator '{END_OF_TEXT}'"
+        )
+    sample = clean(first[:10_000])
+    if tokenizer.decode(tokenizer.encode(sample).tolist()) != sample:
+        print("note: this tokenizer does not give every text back as it was; it leaves something")
+
+
+def print_plan(plan, options):
+    if plan["cut"]:
+        position = plan["cut"][1]
+        print(f"few documents: the longest is cut; from character {position:,} on it is for val")
+    elif plan["val_below"] != options["val_share"] * 2**64:
+        share = plan["val_below"] / 2**64
+        print(f"few documents: --val-share {share:.4f} instead, so that both splits have some")
+
+
+def finish(out, options, command, splits, description, position):
+    """Writes the last shards and meta.json, and says what became of everything that was read."""
     for split in splits:
         if split.filled:
             split.write()
-    write_meta(out, {
-        "tokenizer": options["tokenizer"], "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token,
-        "splits": {split.name: {"tokens": split.tokens, "documents": split.documents, "shards": split.shards}
-                   for split in splits},
-        "source": options, "command": command})
+    tokenizer = get_tokenizer(description)
+    described = {}
+    for split in splits:
+        described[split.name] = {
+            "tokens": split.tokens,
+            "documents": split.documents,
+            "shards": split.shards,
+        }
+    meta = {
+        "tokenizer": description,
+        "vocab_size": tokenizer.n_vocab,
+        "eot_token": tokenizer.eot_token,
+        "splits": described,
+        "source": options,
+        "command": command,
+    }
+    write_meta(out, meta)
     (out / PROGRESS).unlink()
-    print(f"{out}: {train.tokens:,} tokens in {train.documents:,} documents to train on, "
-          f"{val.tokens:,} in {val.documents:,} to validate")
+    train, val = splits
+    print(
+        f"{out}: {train.tokens:,} tokens in {train.documents:,} documents to train on, "
+        f"{val.tokens:,} in {val.documents:,} to validate; {tokenizer_name(description)} tokens"
+    )
+    if position["empty"] or position["skipped"]:
+        print(
+            f"left out: {position['empty']:,} empty documents, {position['skipped']:,} rows or "
+            "files that could not be used"
+        )
 
 
-def adopt(directory, tokenizer, command):
-    """Describes shards that lie there: reads them once and writes meta.json. Raises DataError."""
-    if tokenizer not in TOKENIZERS:
-        raise DataError(f"--adopt needs the tokenizer that made these shards: --tokenizer {' or '.join(TOKENIZERS)}")
-    for path in directory / META, directory / PROGRESS:
-        if path.exists():
-            raise DataError(f"{path} is there already; to describe the shards anew: rm {shlex.quote(str(path))}; "
-                            f"{command}")
-    vocab_size, splits = TOKENIZERS[tokenizer], {}
-    for split, other in ("train", "val"), ("val", "train"):
-        paths = sorted(directory.glob(f"*{split}*.bin"))
-        if not paths or any(other in path.name for path in paths):
-            raise DataError(f"{directory} needs *train*.bin and *val*.bin and no name with both; as *{split}*.bin it "
-                            f"has {', '.join(path.name for path in paths) or 'none'}")
-        described = splits[split] = {"tokens": 0, "documents": 0, "shards": []}
-        for path in paths:
-            tokens = read_shard(path)
-            crc, largest = scan(tokens)
-            if largest >= vocab_size:
-                raise DataError(f"{path}: token id {largest} is outside {tokenizer}'s vocabulary of {vocab_size:,}; "
-                                "pass the --tokenizer that made it")
-            described["shards"].append({"file": path.name, "tokens": len(tokens), "crc32": crc})
-            described["tokens"] += len(tokens)
-            described["documents"] += int(np.count_nonzero(tokens == vocab_size - 1))
-            print(f"{path}: {len(tokens):,} tokens", flush=True)
-    write_meta(directory, {"tokenizer": tokenizer, "vocab_size": vocab_size, "eot_token": vocab_size - 1,
-                           "splits": splits, "source": {"kind": "adopted"}, "command": command})
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("dataset", nargs="?", help="stdlib (default), openwebtext, or a name on the Hub")
+    add("--files", nargs="+", metavar="PATH", help="local files, folders or patterns instead")
+    add("--adopt", type=Path, metavar="DIR", help="folder of shards to describe instead")
+    add("--config", help="the Hub data set's configuration")
+    add("--split", help="the Hub data set's split to read (default train)")
+    add("--revision", help="the Hub data set's commit (default the newest, which is recorded)")
+    add("--train-shards", type=int, help="of ready-made shards, only the first so many")
+    add("--text-key", help="the column of the text (default text), or a path such as data.text")
+    add("--separator", help="what stands between the documents of a text file; \\n ends a line")
+    add("--encoding", help="of text and JSON files (default utf-8)")
+    add("--skip-unusable", action="store_true", help="count what cannot be used, do not stop")
+    add("--tokenizer", help="gpt2, another of tiktoken's, a tokenizer.json, chars, or bytes "
+        "(default for stdlib), which needs no download")  # fmt: skip
+    add("--name", help="of the folder in data/")
+    add("--out", type=Path, help="the folder itself (default data/NAME)")
+    add("--shard-tokens", type=int, default=100_000_000)
+    add("--val-share", type=float, help="of the texts (default 0.0005 of the Hub's, else 0.05)")
+    add("--workers", type=int, default=min(os.cpu_count(), 61))  # 61: Windows' limit
+    args = parser.parse_args(argv)
+
+    args.hub = args.dataset not in (None, "stdlib")
+    if args.val_share is None:
+        args.val_share = 0.0005 if args.hub else 0.05
+    if bool(args.dataset) + bool(args.files) + bool(args.adopt) > 1:
+        parser.error("give one of: the name of a data set, --files, --adopt")
+    if not args.hub and (args.config or args.split or args.revision):
+        parser.error("--config, --split and --revision belong to a Hub data set")
+    if args.train_shards is not None and args.dataset not in READY_MADE:
+        parser.error(f"--train-shards belongs to ready-made shards: {', '.join(READY_MADE)}")
+    if not 0 < args.shard_tokens < 2**31 or not 0 < args.val_share < 1 or args.workers < 1:
+        parser.error(
+            "--shard-tokens must be 1 to 2**31 - 1, --val-share between 0 and 1, "
+            "--workers at least 1"
+        )
+    if args.separator == "":
+        parser.error("--separator must not be empty")
+    try:
+        b"".decode(args.encoding or "utf-8")
+        codecs.getincrementaldecoder(args.encoding or "utf-8")
+    except LookupError:
+        parser.error(f"--encoding {args.encoding} is unknown; for example utf-8, cp1252, utf-16")
+    return args
+
+
+def options_of(args):
+    """-> (what a data set is made from and how, the name of its folder)."""
+    options = {
+        "tokenizer": args.tokenizer or "gpt2",
+        "val_share": args.val_share,
+        "shard_tokens": args.shard_tokens,
+    }
+    if args.hub:
+        known = OPENWEBTEXT if args.dataset == "openwebtext" else (args.dataset, None, None)
+        source = {
+            "kind": "hub",
+            "dataset": known[0],
+            "config": args.config or known[1],
+            "revision": args.revision or known[2],
+            "split": args.split or "train",
+        }
+        name = "-".join(filter(None, [args.dataset.split("/")[-1], args.config]))
+    elif args.files:
+        digest = digest_of(find_files(args.files))
+        source = {"kind": "files", "files": args.files, "digest": digest}
+        name = Path(args.files[0]).expanduser().resolve().parent.name
+    else:
+        options["tokenizer"] = args.tokenizer or "bytes"
+        source = {"kind": "stdlib", "python": platform.python_version()}
+        return {**source, **options}, "stdlib"
+
+    source["text_key"] = args.text_key or "text"
+    if args.separator:
+        source["separator"] = args.separator.replace("\\n", "\n").replace("\\t", "\t")
+    if args.encoding:
+        source["encoding"] = args.encoding
+    if args.skip_unusable:
+        source["skip_unusable"] = True
+    return {**source, **options}, name
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", help="stdlib (default), openwebtext, or a name on the Hugging Face Hub")
-    parser.add_argument("--files", nargs="+", metavar="PATTERN", help="local texts instead")
-    parser.add_argument("--adopt", type=Path, metavar="DIR", help="folder of shards to describe instead")
-    parser.add_argument("--config", help="the Hub data set's configuration")
-    parser.add_argument("--split", help="the Hub data set's split to read (default train)")
-    parser.add_argument("--revision", help="the Hub data set's commit (default the newest, which is recorded)")
-    parser.add_argument("--text-key", default="text", help="the column that has the text")
-    parser.add_argument("--tokenizer", help="gpt2, or bytes (default for stdlib), which needs no download")
-    parser.add_argument("--name", help="of the folder in data/")
-    parser.add_argument("--out", type=Path, help="the folder itself (default data/NAME)")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000)
-    parser.add_argument("--val-share", type=float, help="of the documents (default 0.0005 of Hub data sets, else 0.05)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    args = parser.parse_args(argv)
-    hub = args.dataset not in (None, "stdlib")
-    share = args.val_share if args.val_share is not None else 0.0005 if hub else 0.05
-    if bool(args.dataset) + bool(args.files) + bool(args.adopt) > 1:
-        parser.error("give one of: the name of a data set, --files, --adopt")
-    if not hub and (args.config or args.split or args.revision):
-        parser.error("--config, --split and --revision belong to a Hub data set")
-    if not 0 < args.shard_tokens < 2**31 or not 0 < share < 1 or args.workers < 1:
-        parser.error("--shard-tokens must be 1 to 2**31 - 1, --val-share between 0 and 1, --workers at least 1")
-
+    args = parse(argv)
     command = shlex.join(["python", "prepare_data.py", *argv])
-    common = {"tokenizer": args.tokenizer or "gpt2", "val_share": share, "shard_tokens": args.shard_tokens}
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a file name's letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.adopt:
-            return adopt(args.adopt, args.tokenizer, command)
-        if hub:
-            default = OPENWEBTEXT if args.dataset == "openwebtext" else (args.dataset, None, None)
-            options = {"kind": "hub", "dataset": default[0], "config": args.config or default[1],
-                       "revision": args.revision or default[2], "split": args.split or "train",
-                       "text_key": args.text_key}
-            name = "-".join(filter(None, [args.dataset.split("/")[-1], args.config]))
-        elif args.files:
-            digest = hashlib.blake2b(json.dumps(find_files(args.files)).encode(), digest_size=8).hexdigest()
-            options = {"kind": "files", "files": args.files, "digest": digest, "split": "train",
-                       "text_key": args.text_key}
-            name = Path(args.files[0]).resolve().parent.name
+            adopt(args.adopt, args.tokenizer, command)
+        elif args.dataset in READY_MADE:
+            out = args.out or Path("data") / (args.name or args.dataset.split("/")[1])
+            fetch(args.dataset, out, args.train_shards, args.revision, command)
         else:
-            options, name = {"kind": "stdlib", "python": platform.python_version()}, "stdlib"
-            common["tokenizer"] = args.tokenizer or "bytes"
-        prepare(args.out or Path("data") / (args.name or name), options | common, args.workers, command)
+            options, name = options_of(args)
+            out = args.out or Path("data") / (args.name or name)
+            prepare(out, options, args.workers, command)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

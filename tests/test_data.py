@@ -15,25 +15,6 @@ import data
 from data import DataError, TokenBlocks, get_tokenizer, read_meta, read_shard, verify, write_meta, write_shard
 
 
-CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
-
-
-@pytest.fixture
-def gpt2_forgotten():
-    """tiktoken and get_tokenizer keep what they have loaded."""
-    import tiktoken.registry
-    get_tokenizer.cache_clear()
-    tiktoken.registry.ENCODINGS.pop("gpt2", None)
-
-
-@pytest.fixture
-def gpt2_cache(tmp_path, monkeypatch, gpt2_forgotten):
-    """A copy, since tiktoken deletes files whose hash is wrong."""
-    if not CACHE.is_dir():
-        pytest.skip(f"GPT-2's tokenizer files are not in {CACHE}")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shutil.copytree(CACHE, tmp_path / "cache")))
-
-
 def llm_c_bytes(tokens, magic=20240520, version=1, n=None, width="H"):
     """A shard as llm.c's data scripts write it, by hand."""
     n = len(tokens) if n is None else n
@@ -283,38 +264,3 @@ def test_errors_name_what_to_change(folder):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs a GPU")
 def test_pins(folder):
     assert all(t.is_pinned() for t in TokenBlocks(folder, "train", 4, pin_memory=True).batch(0, 4, 0, 4))
-
-
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
-
-@settings(max_examples=50, deadline=None)
-@given(text=st.text() | st.sampled_from(["<|endoftext|>", "a\r\nb\0c" * 50]))
-def test_bytes_are_utf8(text):
-    encoding = get_tokenizer("bytes")
-    assert encoding.encode_ordinary(text) == list(text.encode())
-    assert encoding.decode(encoding.encode_ordinary(text)) == text
-    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
-
-
-def test_gpt2_s_ids(gpt2_cache):
-    encoding = get_tokenizer("gpt2")
-    assert encoding.encode_ordinary("Hello world") == [15496, 995]
-    assert encoding.encode_ordinary("The quick brown fox") == [464, 2068, 7586, 21831]
-    assert encoding.eot_token not in encoding.encode_ordinary("<|endoftext|>")
-    assert (encoding.n_vocab, encoding.eot_token) == (data.TOKENIZERS["gpt2"], 50256)
-
-
-def test_unknown_tokenizers_are_refused():
-    with pytest.raises(DataError, match="'cl100k_base'.*uint16.*--tokenizer"):
-        get_tokenizer("cl100k_base")
-
-
-def test_gpt2_without_a_network_fails_within_seconds(tmp_path, monkeypatch, gpt2_forgotten):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # refuses, so that the test runs alike with a network
-    begun = time.monotonic()
-    with pytest.raises(DataError, match="openaipublic.*could not be reached") as error:
-        get_tokenizer("gpt2")
-    assert time.monotonic() - begun < 5
-    assert str(tmp_path) in str(error.value) and "--tokenizer bytes" in str(error.value)
-    assert not os.listdir(tmp_path)
