@@ -80,8 +80,15 @@ def find_files(patterns):
 def _files_below(path):
     if not os.path.isdir(path):
         return [path] if os.path.isfile(path) else []
-    below = glob.glob("**", root_dir=path, recursive=True)
-    files = [os.path.join(path, name) for name in below]
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link leads back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     return [file for file in files if os.path.isfile(file)]
 
 

@@ -1,27 +1,42 @@
 import os
 import resource
-import shutil
 import struct
-import time
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
-from data import DataError, TokenBlocks, get_tokenizer, read_meta, read_shard, verify, write_meta, write_shard
+from data import (
+    DataError,
+    TokenBlocks,
+    brief,
+    read_meta,
+    read_shard,
+    verify,
+    write_atomic,
+    write_meta,
+    write_shard,
+)
 
 
 def llm_c_bytes(tokens, magic=20240520, version=1, n=None, width="H"):
     """A shard as llm.c's data scripts write it, by hand."""
     n = len(tokens) if n is None else n
-    return struct.pack("<256i", magic, version, n, *[0] * 253) + struct.pack(f"<{len(tokens)}{width}", *tokens)
+    return struct.pack("<256i", magic, version, n, *[0] * 253) + struct.pack(
+        f"<{len(tokens)}{width}", *tokens
+    )
 
 
-def make_data_set(folder, train, val=((1, 2, 3),), vocab_size=50257, command="python prepare_data.py thing"):
+def make_data_set(
+    folder, train, val=((1, 2, 3),), vocab_size=50257, command="python prepare_data.py thing"
+):
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}
     for split, shards in ("train", train), ("val", val):
@@ -32,12 +47,22 @@ def make_data_set(folder, train, val=((1, 2, 3),), vocab_size=50257, command="py
             crc = zlib.crc32(np.asarray(tokens, np.uint16).tobytes())
             entries.append({"file": file, "tokens": len(tokens), "crc32": f"{crc:08x}"})
         splits[split] = {"tokens": sum(map(len, shards)), "documents": 1, "shards": entries}
-    write_meta(folder, {"tokenizer": "gpt2", "vocab_size": vocab_size, "eot_token": vocab_size - 1, "splits": splits,
-                        "source": {"kind": "test"}, "command": command})
+    write_meta(
+        folder,
+        {
+            "tokenizer": "gpt2",
+            "vocab_size": vocab_size,
+            "eot_token": vocab_size - 1,
+            "splits": splits,
+            "source": {"kind": "test"},
+            "command": command,
+        },
+    )
     return folder
 
 
-# ---- shards ---------------------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------
+
 
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=300))
@@ -55,22 +80,25 @@ def test_reads_nanogpt_s_headerless_files(tmp_path):
     assert read_shard(tmp_path / "train.bin").tolist() == [15496, 995, 50256]
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"", "0 bytes"),
-    (b"ab", "2 bytes"),
-    (llm_c_bytes([1, 2, 3])[:-1], "truncated.*3 tokens = 1,030 bytes, it has 1,029"),
-    (llm_c_bytes([1, 2, 3]) + b"\0\0", "wrong size.*1,030 bytes, it has 1,032"),
-    (llm_c_bytes([1])[:100], "truncated: 100 bytes"),
-    (llm_c_bytes([], n=0), "promises 0 tokens"),
-    (llm_c_bytes([1], version=2), "version 2"),
-    (llm_c_bytes([1, 2], magic=20240801, version=7, width="I"), "20240801.*Llama-3"),
-    (llm_c_bytes([1, 2], magic=20240326), "20240326.*another kind"),
-    (struct.pack(">256i", 20240520, 1, 1, *[0] * 253) + b"\0\1", "big-endian"),
-    (np.arange(1, 100, dtype="<u4").tobytes(), "32-bit"),
-    (b"odd" * 11, r"33 bytes \(an odd number\)"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-    (b"PAR1 and so on", "a parquet file"),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "0 bytes"),
+        (b"ab", "2 bytes"),
+        (llm_c_bytes([1, 2, 3])[:-1], "truncated.*3 tokens = 1,030 bytes, it has 1,029"),
+        (llm_c_bytes([1, 2, 3]) + b"\0\0", "wrong size.*1,030 bytes, it has 1,032"),
+        (llm_c_bytes([1])[:100], "truncated: 100 bytes"),
+        (llm_c_bytes([], n=0), "promises 0 tokens"),
+        (llm_c_bytes([1], version=2), "version 2"),
+        (llm_c_bytes([1, 2], magic=20240801, version=7, width="I"), "Llama-3.*20240801.*uint32"),
+        (llm_c_bytes([1, 2], magic=20240326), "20240326.*another kind"),
+        (struct.pack(">256i", 20240520, 1, 1, *[0] * 253) + b"\0\1", "big-endian"),
+        (np.arange(1, 100, dtype="<u4").tobytes(), "32-bit"),
+        (b"odd" * 11, r"33 bytes \(an odd number\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"PAR1 and so on", "a parquet file"),
+    ],
+)
 def test_refuses_what_is_no_shard(tmp_path, content, says):
     path = tmp_path / "train_000000.bin"
     path.write_bytes(content)
@@ -111,7 +139,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
 
 @pytest.mark.parametrize("hard", [4096, 64])
 def test_more_shards_than_open_files_are_allowed(hard, tmp_path):
-    """The process raises its own limit; where it may not, it says what to do, and that is not to delete the data."""
+    """The process raises its own limit; where it may not, it says what to do, and that is not to
+    delete the data."""
     folder = make_data_set(tmp_path, [range(10)] * 100)
     if not (child := os.fork()):
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
@@ -131,15 +160,21 @@ def test_scan_matches_zlib_over_many_parts():
     assert data.scan(tokens) == (f"{zlib.crc32(tokens.tobytes()):08x}", 60000)
 
 
-# ---- meta.json ------------------------------------------------------------------------------------------------------
+# ---- meta.json -----------------------------------------------------------------------------------
+
 
 def test_missing_meta_names_the_command_that_makes_it(tmp_path):
-    for name, command in [("stdlib", "python prepare_data.py"), ("openwebtext", "python prepare_data.py openwebtext"),
-                          ("mine", r"--files 'texts/\*.txt' --out")]:
+    for name, command in [
+        ("stdlib", "python prepare_data.py"),
+        ("openwebtext", "python prepare_data.py openwebtext"),
+        ("mine", r"--files 'texts/\*.txt' --out"),
+    ]:
         with pytest.raises(DataError, match=f"meta.json: no such file.*{command}"):
             read_meta(tmp_path / "data" / name)
     write_shard(tmp_path / "fineweb_train_000001.bin", [1])
-    with pytest.raises(DataError, match=f"python prepare_data.py --adopt {tmp_path} --tokenizer gpt2"):
+    with pytest.raises(
+        DataError, match=f"python prepare_data.py --adopt {tmp_path} --tokenizer gpt2"
+    ):
         read_meta(tmp_path)
 
 
@@ -158,31 +193,91 @@ def test_verify_finds_each_kind_of_damage(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-2] + b"\1\1")
     verify(folder, 0, 2)  # not its share
-    with pytest.raises(DataError, match="train_000001.bin: checksum.*start over: rm -rf.*python prepare_data.py thing"):
+    with pytest.raises(
+        DataError,
+        match="train_000001.bin: checksum.*start over: rm -rf.*python prepare_data.py thing",
+    ):
         verify(folder, 1, 2)
     write_shard(path, range(49))
     with pytest.raises(DataError, match="49 tokens, but meta.json says 50"):
         verify(folder)
     path.unlink()
-    with pytest.raises(DataError, match="train_000001.bin: No such file.*python prepare_data.py thing"):
+    with pytest.raises(
+        DataError, match="train_000001.bin: No such file.*python prepare_data.py thing"
+    ):
         verify(folder)
     make_data_set(tmp_path, [range(100)], vocab_size=99)
     with pytest.raises(DataError, match="token id 99 is outside the vocabulary of 99"):
         verify(folder)
 
 
-# ---- which tokens a step sees ---------------------------------------------------------------------------------------
+# ---- what machines and people bring --------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_no_message_is_longer_than_a_screen():
+    error = DataError("a.txt: " + "x" * 10**6 + " pass --text-key")
+    assert len(str(error)) <= 1000
+    assert str(error).startswith("a.txt: ") and str(error).endswith(" pass --text-key")
+    assert str(DataError("short")) == "short"
+    assert len(brief(ValueError("y" * 10**6))) < 250 and brief(ValueError("z")) == "ValueError: z"
+    assert brief(["x" * 10**6]).startswith("['xxx") and brief("a\n\n b") == "a b"
+
+
+@pytest.fixture
+def read_only_disk(tmp_path):
+    """A data set on a file system that is mounted read-only."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    make_data_set(disk / "set", [range(100)])
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    yield disk / "set"
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_read_only_folder_is_read_and_writing_there_is_one_clear_line(read_only_disk):
+    assert verify(read_only_disk) == 103
+    assert rows(TokenBlocks(read_only_disk, "train", 4).in_order(0, 1)) == [[0, 1, 2, 3, 4]]
+    with pytest.raises(DataError, match="meta.json: could not be written .*[Rr]ead-only.*writable"):
+        write_meta(read_only_disk, {})
+    with pytest.raises(DataError, match="could not be written .No such file"):
+        write_atomic(read_only_disk.parent.parent / "nowhere" / "file", b"")
+
+
+def test_without_the_modules_that_windows_lacks(tmp_path):
+    folder = make_data_set(tmp_path, [range(10)])
+    code = (
+        "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None; import data; "
+        f"print(data.TokenBlocks({str(folder)!r}, 'train', 4).in_order(0, 1)[0].tolist())"
+    )
+    root = Path(data.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "[[0, 1, 2, 3]]\n", done.stderr
+
+
+# ---- which tokens a step sees --------------------------------------------------------------------
+
 
 def slow_blocks(shards, block_size):
     """The oracle: every block of every shard, cut by hand."""
-    return [list(tokens[b * block_size : b * block_size + block_size + 1])
-            for tokens in shards for b in range((len(tokens) - 1) // block_size)]
+    return [
+        list(tokens[b * block_size : b * block_size + block_size + 1])
+        for tokens in shards
+        for b in range((len(tokens) - 1) // block_size)
+    ]
 
 
 def rows(batch):
-    """idx and targets back to blocks of block_size + 1 tokens; asserts that targets are idx moved by one."""
+    """idx and targets back to blocks of block_size + 1 tokens; targets must be idx moved by one."""
     idx, targets = batch
-    assert idx.dtype == targets.dtype == torch.int64 and idx.is_contiguous() and targets.is_contiguous()
+    assert (
+        idx.dtype == targets.dtype == torch.int64
+        and idx.is_contiguous()
+        and targets.is_contiguous()
+    )
     assert torch.equal(idx[:, 1:], targets[:, :-1])
     return torch.cat([idx, targets[:, -1:]], 1).tolist()
 
@@ -212,8 +307,15 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=25, deadline=None)
-@given(sequences=st.integers(1, 60), ranks=st.integers(1, 4), micro_steps=st.integers(1, 3), seed=st.integers(0, 2**40))
-def test_a_step_sees_the_same_whoever_reads_it_and_an_epoch_sees_all_once(folder, sequences, ranks, micro_steps, seed):
+@given(
+    sequences=st.integers(1, 60),
+    ranks=st.integers(1, 4),
+    micro_steps=st.integers(1, 3),
+    seed=st.integers(0, 2**40),
+)
+def test_a_step_sees_the_same_whoever_reads_it_and_an_epoch_sees_all_once(
+    folder, sequences, ranks, micro_steps, seed
+):
     sequences *= ranks * micro_steps
     count = sequences // (ranks * micro_steps)
     whole = TokenBlocks(folder, "train", 4, seed)
@@ -223,9 +325,15 @@ def test_a_step_sees_the_same_whoever_reads_it_and_an_epoch_sees_all_once(folder
         together = rows(whole.batch(step, sequences, 0, sequences))
         assert len(together) == sequences
         seen += together
-    for step in reversed(range(steps)):  # a fresh reader (another rank, or a resume) that comes in another order
+    for step in reversed(
+        range(steps)
+    ):  # a fresh reader (another rank, or a resume) that comes in another order
         part = TokenBlocks(folder, "train", 4, seed)
-        apart = [row for i in range(ranks * micro_steps) for row in rows(part.batch(step, sequences, i * count, count))]
+        apart = [
+            row
+            for i in range(ranks * micro_steps)
+            for row in rows(part.batch(step, sequences, i * count, count))
+        ]
         assert apart == seen[step * sequences : (step + 1) * sequences]
         if steps - step > 2:
             break
@@ -250,17 +358,27 @@ def test_keeps_at_most_two_permutations(folder):
     assert list(blocks._permutations) == [3, 4]
 
 
-def test_errors_name_what_to_change(folder):
-    with pytest.raises(DataError, match="longest shard of split 'val' has 40 tokens.*block_size=40 takes 41"):
+def test_errors_name_what_to_change(folder, tmp_path):
+    with pytest.raises(
+        DataError,
+        match="longest shard of split 'val' has 40 tokens.*block_size=40 takes 41.*at most 39",
+    ):
         TokenBlocks(folder, "val", 40)
     with pytest.raises(DataError, match="no split 'test', there are train, val"):
         TokenBlocks(folder, "test", 4)
     with pytest.raises(DataError, match="seed=-1"):
         TokenBlocks(folder, "train", 4, seed=-1)
+    one_token = make_data_set(tmp_path, [[1]])
+    with pytest.raises(
+        DataError, match="has 1 tokens.*takes 2; prepare more text"
+    ):  # no "at most 0"
+        TokenBlocks(one_token, "train", 1)
     with pytest.raises(AssertionError):
         TokenBlocks(folder, "train", 4).batch(0, 8, 4, 5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs a GPU")
 def test_pins(folder):
-    assert all(t.is_pinned() for t in TokenBlocks(folder, "train", 4, pin_memory=True).batch(0, 4, 0, 4))
+    assert all(
+        t.is_pinned() for t in TokenBlocks(folder, "train", 4, pin_memory=True).batch(0, 4, 0, 4)
+    )
