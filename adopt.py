@@ -12,7 +12,7 @@ import numpy as np
 
 from corpus import ask_hub
 from data import META, PROGRESS, DataError, brief, read_meta, read_shard, scan, verify, write_meta
-from tokenizer import describe, get_tokenizer
+from tokenizer import describe, sizes
 
 # Data sets of the Hub that are ready-made shards of GPT-2's tokens, 100 million in each:
 # fineweb_val_000000.bin, fineweb_train_000001.bin and so on.
@@ -67,29 +67,29 @@ def adopt(directory, tokenizer, command, source=None, files=None):
                 f"rm {shlex.quote(str(path))}; {brief(command)}"
             )
     description = _description(directory, tokenizer)
-    codec = get_tokenizer(description)
+    n_vocab, eot_token = sizes(description)
     splits, counts = {}, np.zeros(2**16, np.int64)
     for split, paths in _find_shards(directory, files).items():
         described = splits[split] = {"tokens": 0, "documents": 0, "shards": []}
         for path in paths:
             tokens = read_shard(path)
             crc, largest = scan(tokens)
-            if largest >= codec.n_vocab:
+            if largest >= n_vocab:
                 raise DataError(
                     f"{path}: token id {largest} is outside {tokenizer}'s vocabulary of "
-                    f"{codec.n_vocab:,}; pass the --tokenizer that made it"
+                    f"{n_vocab:,}; pass the --tokenizer that made it"
                 )
             shard = {"file": path.name, "tokens": len(tokens), "crc32": crc}
             described["shards"].append(shard)
             described["tokens"] += len(tokens)
-            described["documents"] += int(np.count_nonzero(tokens == codec.eot_token))
+            described["documents"] += int(np.count_nonzero(tokens == eot_token))
             counts += np.bincount(tokens[: 1 << 20], minlength=2**16)
             print(f"{path}: {len(tokens):,} tokens", flush=True)
     _check_ids(directory, tokenizer, counts)
     meta = {
         "tokenizer": description,
-        "vocab_size": codec.n_vocab,
-        "eot_token": codec.eot_token,
+        "vocab_size": n_vocab,
+        "eot_token": eot_token,
         "splits": splits,
         "source": source or {"kind": "adopted"},
         "command": command,

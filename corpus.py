@@ -89,7 +89,7 @@ def _files_below(path):
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    return [file for file in files if os.path.isfile(file)]
+    return [file for file in files if os.path.isfile(file) or os.path.islink(file)]
 
 
 def _check_kinds(paths):

@@ -14,7 +14,6 @@ so no text is in both.
 """
 
 import argparse
-import codecs
 import collections
 import functools
 import hashlib
@@ -33,26 +32,9 @@ from pathlib import Path
 
 import numpy as np
 
+import corpus
 from adopt import READY_MADE, adopt, fetch
-from corpus import (
-    Reading,
-    ask_hub,
-    find_files,
-    hub_files,
-    read_documents,
-    standard_library,
-    start,
-)
-from data import (
-    META,
-    PROGRESS,
-    DataError,
-    brief,
-    read_meta,
-    read_shard,
-    verify,
-    write_meta,
-)
+from data import META, PROGRESS, DataError, brief, read_meta, read_shard, verify, write_meta
 from splits import Split, load_progress, plan_splits, save_progress, split_text
 from tokenizer import (
     END_OF_TEXT,
@@ -73,15 +55,17 @@ CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1 << 20  # what a worker gets at a time
 def source_files(options):
     """-> paths, in the order in which they are read. Raises DataError."""
     if options["kind"] == "stdlib":
-        return standard_library()
+        return corpus.standard_library()
     if options["kind"] == "files":
-        return find_files(options["files"])
-    return hub_files(options["dataset"], options["config"], options["revision"], options["split"])
+        return corpus.find_files(options["files"])
+    return corpus.hub_files(
+        options["dataset"], options["config"], options["revision"], options["split"]
+    )
 
 
 def reading_of(options):
     """-> how the files are read."""
-    return Reading(
+    return corpus.Reading(
         text_key=options.get("text_key") or "text",
         separator=options.get("separator") or "",
         encoding=options.get("encoding") or "utf-8",
@@ -187,16 +171,18 @@ def prepare(out, options, workers, command):
             (out / PROGRESS).unlink()
         return
     if options["kind"] == "hub":
-        options["revision"], _ = ask_hub(options["dataset"], options["revision"])
+        options["revision"], _ = corpus.ask_hub(options["dataset"], options["revision"])
 
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         pool.submit(os.getpid).result()  # forks the workers before `datasets` starts threads
         files, reading = source_files(options), reading_of(options)
-        texts = functools.partial(read_documents, files, reading)  # of a position
+        texts = functools.partial(corpus.read_documents, files, reading)  # of a position
         description = describe_tokenizer(options["tokenizer"], texts)
         tokenizer = get_tokenizer(description)  # here too: its error comes once, not from workers
-        give_notice(texts, reading, tokenizer)
-        plan = plan_splits(texts(start()), options["val_share"])
+        give_notice(
+            texts, corpus.kind_of(files[0]) in (".txt", ".md") and not reading.separator, tokenizer
+        )
+        plan = plan_splits(texts(corpus.start()), options["val_share"])
         print_plan(plan, options)
 
         out.mkdir(parents=True, exist_ok=True)
@@ -204,7 +190,7 @@ def prepare(out, options, workers, command):
         if progress:
             position = continue_from(out, splits, *progress)
         else:
-            position = start()
+            position = corpus.start()
             save_progress(out, options, position, splits)  # .bin files are known as ours from here
         meter = Meter(splits, position, len(files))
         jobs = chunks(texts(position), position)
@@ -234,7 +220,7 @@ def unfinished(out, options, command):
     elif (out / PROGRESS).exists() and any(out.glob("*.bin")):
         progress = load_progress(out)
         there = progress[0]["options"]
-        if progress[0]["position"].keys() != start().keys():
+        if progress[0]["position"].keys() != corpus.start().keys():
             there = {**there, "version": "an earlier one"}
     elif any(out.glob("*.bin")):
         raise DataError(
@@ -275,24 +261,25 @@ def describe_tokenizer(argument, texts):
     if argument != "chars":
         return describe(argument)
     characters = set()
-    for text in texts(start()):
+    for text in texts(corpus.start()):
         characters.update(clean(text))
     return describe_characters(characters)
 
 
-def give_notice(texts, reading, tokenizer):
-    """Tells of what the first document shows to be other than one might think."""
-    first = next(texts(start()), None)
+def give_notice(texts, whole_files, tokenizer):
+    """Tells of what the first document shows to be other than one might think. whole_files: whether
+    a file is a document."""
+    first = next(texts(corpus.start()), None)
     if first is None:
         raise DataError("there is no text in these files")
-    if END_OF_TEXT in first and not reading.separator:
+    if whole_files and END_OF_TEXT in first:
         print(
             f"note: the texts contain {END_OF_TEXT}, which stays text; if it stands between "
             f"documents: --separator '{END_OF_TEXT}'"
         )
     sample = clean(first[:10_000])
     if tokenizer.decode(tokenizer.encode(sample).tolist()) != sample:
-        print("note: this tokenizer does not give every text back as it was; it leaves something")
+        print("note: this tokenizer does not give every text back as it was")
 
 
 def print_plan(plan, options):
@@ -384,8 +371,7 @@ def parse(argv):
     if args.separator == "":
         parser.error("--separator must not be empty")
     try:
-        b"".decode(args.encoding or "utf-8")
-        codecs.getincrementaldecoder(args.encoding or "utf-8")
+        b"a".decode(args.encoding or "utf-8", "ignore")  # refuses base64 and its like, too
     except LookupError:
         parser.error(f"--encoding {args.encoding} is unknown; for example utf-8, cp1252, utf-16")
     return args
@@ -409,7 +395,7 @@ def options_of(args):
         }
         name = "-".join(filter(None, [args.dataset.split("/")[-1], args.config]))
     elif args.files:
-        digest = digest_of(find_files(args.files))
+        digest = digest_of(corpus.find_files(args.files))
         source = {"kind": "files", "files": args.files, "digest": digest}
         name = Path(args.files[0]).expanduser().resolve().parent.name
     else:

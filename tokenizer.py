@@ -24,13 +24,20 @@ from data import DataError, brief, probe
 MOST_TOKENS = 2**16  # shards hold uint16
 END_OF_TEXT = "<|endoftext|>"
 
-# Where tiktoken fetches the encodings that fit from, and the sizes of its encodings that do not.
+# tiktoken's encodings: where it fetches those that fit, their sizes, and the sizes of the others.
 TIKTOKEN_HOST = "https://openaipublic.blob.core.windows.net/"
 TIKTOKEN_FILES = {
     "gpt2": ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"),
     "r50k_base": ("encodings/r50k_base.tiktoken",),
     "p50k_base": ("encodings/p50k_base.tiktoken",),
     "p50k_edit": ("encodings/p50k_base.tiktoken",),
+}
+KNOWN_SIZES = {  # (n_vocab, eot_token), for those who need no more than that
+    "bytes": (257, 256),
+    "gpt2": (50257, 50256),
+    "r50k_base": (50257, 50256),
+    "p50k_base": (50281, 50256),
+    "p50k_edit": (50284, 50256),
 }
 TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
 
@@ -75,6 +82,14 @@ def tokenizer_name(description):
     if description["kind"] == "characters":
         return f"{len(description['characters'])}-character ({checksum:08x})"
     return f"{description['name']} ({checksum:08x})"
+
+
+def sizes(description):
+    """-> (n_vocab, eot_token); no download where the name tells. Raises DataError."""
+    if isinstance(description, str) and description in KNOWN_SIZES:
+        return KNOWN_SIZES[description]
+    codec = get_tokenizer(description)
+    return codec.n_vocab, codec.eot_token
 
 
 def get_tokenizer(description):
