@@ -27,6 +27,7 @@ import torch
 
 from data import write_atomic
 from runtime import RunError
+from tokenizer import tokenizer_name
 
 KEYS = {
     *("model", "optimizer", "config", "model_config", "command", "provenance"),
@@ -343,7 +344,7 @@ def _identity(config, model_config, tokenizer, shards):
     return {
         **{name: config[name] for name in FIXED},
         **asdict(model_config),
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer_name(tokenizer),
         "shards": shards,
     }
 

@@ -13,9 +13,9 @@ import torch
 
 import checkpoint as checkpoints
 from configurator import configure
-from data import get_tokenizer
 from model import GPT, GPTConfig
 from runtime import RunError, pick_device
+from tokenizer import get_tokenizer, tokenizer_name
 
 out_dir = "out"  # of the run
 checkpoint = "latest"  # latest, best, or a path
@@ -40,7 +40,8 @@ def main():
     checkpoints.restore(path, state, model)
     model.to(device).eval()
     print(
-        f"{path}: step {state['step']}, {model.config.mixer}, {state['tokenizer']} tokens",
+        f"{path}: step {state['step']}, {model.config.mixer}, "
+        f"{tokenizer_name(state['tokenizer'])} tokens",
         file=sys.stderr,
     )
 

@@ -39,6 +39,7 @@ from data import DataError, TokenBlocks, verify, write_atomic
 from mixers import OPTIONS, composite_gain, options_of
 from model import GPT, GPTConfig
 from runtime import RunError, on_all_ranks, on_rank_0, print0
+from tokenizer import tokenizer_name
 
 # Run
 out_dir = "out"  # checkpoints, metrics.jsonl and config.json go here
@@ -420,8 +421,8 @@ def main():
     train_blocks, val_blocks = on_all_ranks(group, open_data, device)
     meta = train_blocks.meta
     print0(
-        f"data: {train_blocks.directory}, {meta['tokenizer']} tokens, {train_blocks.n_blocks:,} "
-        f"training sequences, an epoch is {train_blocks.n_blocks / sequences:,.1f} steps; a step: "
+        f"data: {train_blocks.directory}, {tokenizer_name(meta['tokenizer'])} tokens, "
+        f"{train_blocks.n_blocks:,} training sequences, an epoch is {train_blocks.n_blocks / sequences:,.1f} steps; a step: "
         f"{sequences} sequences = {micro_steps} micro-steps * {world_size} processes * {batch_size}"
     )
 
