@@ -33,7 +33,7 @@ LLM_C_MAGICS = range(20240000, 20250000)  # dates; the low 16 bits of each are n
 
 # How files begin that are taken for shards, and what they are.
 NOT_SHARDS = {
-    (20240801).to_bytes(4, "little"): "a Llama-3 shard of llm.c (magic 20240801), of uint32 tokens",
+    (20240801).to_bytes(4, "little"): "magic 20240801 marks llm.c's Llama-3 shards of uint32",
     SHARD_MAGIC.to_bytes(4, "big"): "a big-endian shard",
     b"version https://git-lfs": "a Git LFS pointer: git lfs pull fetches the file",
     b"\x93NUMPY": "a .npy file",

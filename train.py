@@ -157,15 +157,27 @@ def open_data(device):
     folder, pin_memory = os.path.join(data_dir, dataset), device.type == "cuda"
     train_blocks = TokenBlocks(folder, "train", block_size, seed, pin_memory)
     val_blocks = TokenBlocks(folder, "val", block_size, seed, pin_memory)
-    batches = eval_tokens // (batch_size * block_size)
-    most = val_blocks.n_blocks // batch_size
-    if not 1 <= batches <= most:
+    batches, sequences = evaluation_batches(val_blocks)
+    if sequences * block_size > eval_tokens:
         raise DataError(
-            f"eval_tokens = {eval_tokens:,} are {batches} batches of {batch_size} * {block_size}; "
-            f"the validation split of {folder} has {val_blocks.n_blocks} sequences, so choose "
-            f"--eval_tokens from {batch_size * block_size:,} to {most * batch_size * block_size:,}"
+            f"eval_tokens = {eval_tokens:,} is less than a batch: choose --eval_tokens of at least "
+            f"{sequences * block_size:,}"
+        )
+    wanted = eval_tokens // (batch_size * block_size) * batch_size
+    if batches * sequences < wanted:
+        print0(
+            f"evaluations read {batches * sequences * block_size:,} tokens, all whole batches of "
+            f"the validation split, which has fewer than eval_tokens = {eval_tokens:,}"
         )
     return train_blocks, val_blocks
+
+
+def evaluation_batches(blocks):
+    """-> number of batches that an evaluation reads, and of sequences in each: eval_tokens, or all
+    whole batches of a split that has fewer; a split of less than a batch is one, smaller batch."""
+    sequences = min(batch_size, blocks.n_blocks)
+    wanted = eval_tokens // (sequences * block_size)
+    return min(wanted, blocks.n_blocks // sequences), sequences
 
 
 def build_model(vocab_size):
@@ -259,14 +271,14 @@ def micro_batches(blocks, step, sequences, device):
 def evaluate(model, blocks, autocast, device):
     """-> mean loss over the first eval_tokens of the validation split, and the composite gain."""
     rank, _, world_size = runtime.ranks()
-    batches = eval_tokens // (batch_size * block_size)
+    batches, sequences = evaluation_batches(blocks)
     total = torch.zeros((), device=device)
     if device.type != "mps":  # which has no float64
         total = total.double()
     model.eval()
     with autocast:
         for batch in range(rank, batches, world_size):
-            idx, targets = to_device(blocks.in_order(batch * batch_size, batch_size), device)
+            idx, targets = to_device(blocks.in_order(batch * sequences, sequences), device)
             total += model(idx, targets)[1]
         idx, _ = to_device(blocks.in_order(0, 1), device)
         gain = composite_gain(model.mixing_matrices(idx))
@@ -422,7 +434,8 @@ def main():
     meta = train_blocks.meta
     print0(
         f"data: {train_blocks.directory}, {tokenizer_name(meta['tokenizer'])} tokens, "
-        f"{train_blocks.n_blocks:,} training sequences, an epoch is {train_blocks.n_blocks / sequences:,.1f} steps; a step: "
+        f"{train_blocks.n_blocks:,} training sequences, "
+        f"an epoch is {train_blocks.n_blocks / sequences:,.1f} steps; a step: "
         f"{sequences} sequences = {micro_steps} micro-steps * {world_size} processes * {batch_size}"
     )
 

@@ -90,7 +90,7 @@ def test_reads_nanogpt_s_headerless_files(tmp_path):
         (llm_c_bytes([1])[:100], "truncated: 100 bytes"),
         (llm_c_bytes([], n=0), "promises 0 tokens"),
         (llm_c_bytes([1], version=2), "version 2"),
-        (llm_c_bytes([1, 2], magic=20240801, version=7, width="I"), "Llama-3.*20240801.*uint32"),
+        (llm_c_bytes([1, 2], magic=20240801, version=7, width="I"), "20240801.*Llama-3.*uint32"),
         (llm_c_bytes([1, 2], magic=20240326), "20240326.*another kind"),
         (struct.pack(">256i", 20240520, 1, 1, *[0] * 253) + b"\0\1", "big-endian"),
         (np.arange(1, 100, dtype="<u4").tobytes(), "32-bit"),
