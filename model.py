@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixers import check_options, find_mixer, n_logits
+from passes import compiler_options
 from streams import (
     Coefficients,
     HyperConnection,
@@ -27,7 +28,6 @@ from streams import (
     Residual,
     Streams,
     check_choice,
-    compiler_options,
     start_streams,
 )
 
@@ -46,6 +46,8 @@ class GPTConfig:
     n_streams: int = 4  # n; 1 for the residual mixer
     dynamic: bool = True  # coefficients depend on the token; False: parameters of the layer
     gates: str = "auto"  # reads and writes: bounded, free, or auto (free for hc)
+    sees: str = "streams"  # what a, w and M depend on: all streams, or only the branch's input
+    wraps: str = "sublayer"  # a hyper-connection around each sublayer, or each whole block
     mix_scale: str = "none"  # a learned factor of M: none, one a sublayer, one a stream
     mix_start: float = 0.01  # M starts as (1 - mix_start) I + mix_start / n
     read_start: float = 0.7  # weight of the stream that a sublayer reads most, at the start
@@ -71,6 +73,13 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         check_choice("stream_start", self.stream_start, ("equal", "learned"))
         check_choice("readout", self.readout, ("mean", "learned"))
+        check_choice("sees", self.sees, ("streams", "input"))
+        check_choice("wraps", self.wraps, ("sublayer", "block"))
+        if self.sees == "input" and self.readout != "learned":
+            raise ValueError(
+                "with sees='input' the last sublayer learns what the head reads: readout must be "
+                f"'learned', not {self.readout!r}"
+            )
         check_choice("stream_dtype", self.stream_dtype, ("auto", "float32", "bfloat16"))
         n_logits(self.mixer, self.n_streams)  # ValueError for an unknown mixer, or its n
         check_options(self.mixer, self.options)
@@ -81,7 +90,14 @@ class GPTConfig:
 
     def refuse_knobs_of_streams(self):
         """ValueError for what says how several streams are handled, where there is one."""
-        alone = {"gates": "auto", "mix_scale": "none", "stream_start": "equal", "readout": "mean"}
+        alone = {
+            "gates": "auto",
+            "sees": "streams",
+            "wraps": "sublayer",
+            "mix_scale": "none",
+            "stream_start": "equal",
+            "readout": "mean",
+        }
         for name, value in alone.items():
             if getattr(self, name) != value:
                 raise ValueError(
@@ -90,8 +106,8 @@ class GPTConfig:
                 )
 
 
-def connection(config, layer):
-    """The module around sublayer `layer`: Residual or HyperConnection."""
+def connection(config, layer, last=False):
+    """The module around sublayer (or block) `layer`: Residual or HyperConnection."""
     if find_mixer(config.mixer).one_stream:
         return Residual()
     return HyperConnection(
@@ -103,6 +119,8 @@ def connection(config, layer):
         mix_start=config.mix_start,
         read_start=config.read_start,
         gates=config.gates,
+        sees=config.sees,
+        last=last and config.sees == "input",
         mix_scale=config.mix_scale,
         **config.options,
     )
@@ -147,16 +165,28 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
-        self.hc_attn = connection(config, 2 * layer)
-        self.hc_mlp = connection(config, 2 * layer + 1)
+        last = layer == config.n_layer - 1
+        self.wraps_block = config.wraps == "block"
+        if self.wraps_block:
+            self.hc_block = connection(config, layer, last)
+        else:
+            self.hc_attn = connection(config, 2 * layer)
+            self.hc_mlp = connection(config, 2 * layer + 1, last)
         self.x0_scalars = nn.Parameter(torch.empty(2)) if config.x0_scalars else None
 
-    def sublayers(self, cache=None):
-        """(connection, branch) of the attention and of the MLP."""
+    def connections(self, cache=None):
+        """(name, connection, branch) of the attention and of the MLP, or of both in one."""
+        if self.wraps_block:
+            return (("hc_block", self.hc_block, lambda u: self.both(u, cache)),)
         return (
-            (self.hc_attn, lambda u: self.attn(self.ln_1(u), cache)),
-            (self.hc_mlp, lambda u: self.mlp(self.ln_2(u))),
+            ("hc_attn", self.hc_attn, lambda u: self.attn(self.ln_1(u), cache)),
+            ("hc_mlp", self.hc_mlp, lambda u: self.mlp(self.ln_2(u))),
         )
+
+    def both(self, u, cache=None):
+        """Attention and MLP as one branch: what a plain block adds to u."""
+        attended = self.attn(self.ln_1(u), cache)
+        return attended + self.mlp(self.ln_2(u + attended))
 
     def start(self, streams, x0):
         """What the first sublayer gets: with x0_scalars r x + s x0, else the streams themselves."""
@@ -168,7 +198,7 @@ class Block(nn.Module):
     def forward(self, streams, x0, cache=None):
         """streams, and x0 (B, T, n, C), the streams at the start of the model -> streams."""
         streams = self.start(streams, x0)
-        for connection, branch in self.sublayers(cache):
+        for _, connection, branch in self.connections(cache):
             streams = connection(streams, branch)
         return streams
 
@@ -177,6 +207,7 @@ class Embedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_streams, self.dropout = config.n_streams, config.dropout
+        self.read_ahead = config.sees == "input"
         self.stream_dtype = config.stream_dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -193,22 +224,26 @@ class Embedding(nn.Module):
             x = x.to(getattr(torch, self.stream_dtype))
         elif torch.is_autocast_enabled(idx.device.type):
             x = x.to(torch.get_autocast_dtype(idx.device.type))
-        return start_streams(x, self.n_streams, self.offsets)
+        return start_streams(x, self.n_streams, self.offsets, self.read_ahead)
 
 
 class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        learned = config.readout == "learned"
         self.read_out = None
-        if learned:
+        if config.readout == "learned" and config.sees == "streams":
             self.read_out = ReadOut(config.n_streams, config.n_embd, dynamic=config.dynamic)
+
+    def read(self, streams):
+        """-> (B, T, C): the mean of the streams, a learned sum, or what was read ahead."""
+        if streams.ahead is not None:
+            return streams.ahead
+        return self.read_out(streams) if self.read_out else streams.x.mean(2)
 
     def forward(self, streams, wte, targets=None):
         """Streams, the tied embedding (V, C), targets (B, T) or None -> logits (B, T, V), loss."""
-        x = self.read_out(streams) if self.read_out else streams.x.mean(2)  # (B, T, C)
-        logits = F.linear(self.ln_f(x), wte)
+        logits = F.linear(self.ln_f(self.read(streams)), wte)
         if targets is None:
             return logits, None
         flat = logits.float().flatten(0, 1)
@@ -250,19 +285,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def observe(self, idx):
-        """idx (B, T) -> an Observed for each of the 2 n_layer sublayers. Runs eagerly."""
+        """idx (B, T) -> an Observed for each hyper-connection, in order. Runs eagerly."""
         streams, seen = self.embed(idx), []
         x0 = streams.x
         for layer, block in enumerate(self.blocks):
             streams = block.start(streams, x0)
-            for name, (connection, branch) in zip(("hc_attn", "hc_mlp"), block.sublayers()):
+            for name, connection, branch in block.connections():
                 coefficients = connection.observe(streams)
                 seen.append(Observed(f"blocks.{layer}.{name}", streams.x, *coefficients))
                 streams = connection(streams, branch)
         return seen
 
     def mixing_matrices(self, idx):
-        """idx (B, T) -> the M of every sublayer, averaged over the tokens: 2 n_layer of (n, n)."""
+        """idx (B, T) -> the M (n, n) of every hyper-connection, averaged over the tokens."""
         return [seen.mix.mean((0, 1)) for seen in self.observe(idx)]
 
     def compile_regions(self, activation_memory_budget=1.0):
@@ -402,8 +437,8 @@ class GPT(nn.Module):
                 # `forward` is not compiled, as `block()` may be: that would be a graph a length.
                 streams = block.forward(streams, x0, cache)
             used += context.shape[1]
-            last = Streams(streams.x[:, -1:], streams.mean_square[:, -1:])
-            logits = self.head.forward(last, self.embed.wte.weight)[0][:, 0, :n_vocab]  # (B, V)
+            logits = self.head.forward(streams.last(), self.embed.wte.weight)[0]
+            logits = logits[:, 0, :n_vocab]  # (B, V)
             context = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
             idx = torch.cat([idx, context], 1)
         return idx

@@ -6,7 +6,8 @@ import torch
 
 from mixers import MIXERS, composite_gain
 from model import GPT, GPTConfig
-from streams import HyperConnection, Streams, mean_square
+from passes import mean_square
+from streams import HyperConnection, Streams
 
 LAYERS, STREAMS, CHANNELS, TOKENS = 24, 4, 512, 16  # 48 sublayers
 

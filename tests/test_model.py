@@ -95,12 +95,54 @@ def test_with_both_ends_learned_every_matrix_gets_a_gradient(mixer, dynamic, tok
         {"gates": "free"},
         {"gates": "bounded", "mix_scale": "sublayer"},
         {"mix_scale": "stream"},
+        {"wraps": "block"},
+        {"sees": "input", "readout": "learned"},
+        {"sees": "input", "readout": "learned", "wraps": "block", "stream_start": "learned"},
     ],
 )
 def test_every_knob_starts_as_the_plain_gpt(mixer, dynamic, knobs, tokens):
     plain = build("residual")(tokens)[0]
     logits = build(mixer, dynamic=dynamic, **knobs)(tokens)[0]
     assert (logits - plain).abs().max() < 1e-6
+
+
+LEAN = {"sees": "input", "readout": "learned"}
+
+
+@pytest.mark.parametrize("knobs", [LEAN, LEAN | {"wraps": "block"}, {"wraps": "block"}])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_other_forms_compile_learn_and_generate_as_the_usual_one(knobs, dynamic, tokens):
+    """Loss and gradients compiled and eager; a few sequences learned; the cache of generation."""
+    torch.compiler.reset()
+    counters.clear()
+    few = {"n_streams": 2, "mix_start": 0.2, "dynamic": dynamic, "stream_start": "learned"}
+    eager, compiled = (build("tbp", **few, **knobs) for _ in range(2))
+    compiled.compile_regions()
+    for model in (eager, compiled):
+        trained(model, tokens, 3)
+    for (name, a), b in zip(eager.named_parameters(), compiled.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+    assert trained(eager, tokens, 60) < 1.0
+    assert_cache_changes_nothing(eager, tokens)
+
+
+def assert_cache_changes_nothing(model, tokens):
+    """The likeliest continuation of 4 tokens by 12, with the cache and without."""
+    model.eval()
+    idx = tokens[:, :4]
+    out = model.generate(idx, 12, temperature=0)
+    for _ in range(12):
+        idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, idx)
+
+
+def test_a_block_s_two_branches_are_what_a_plain_block_adds(tokens):
+    plain = build("residual", n_layer=1)
+    block, x = plain.blocks[0], plain.embed(tokens)
+    expected = block(x, x.x).x - x.x
+    torch.testing.assert_close(block.both(x.x[:, :, 0])[:, :, None], expected)
 
 
 @pytest.mark.quick
@@ -299,6 +341,11 @@ def test_gpt2_weights_that_do_not_fit_are_refused():
         (dict(dropout=1.0), "dropout must be in"),
         (dict(mixer="permutation", n_streams=9), "9! logits"),
         (dict(mix_start=0.0), "mix_start must lie between 0 and 1, not 0.0"),
+        (dict(sees="input"), "readout must be 'learned', not 'mean'"),
+        (dict(sees="u"), "sees must be one of streams, input, not 'u'"),
+        (dict(wraps="model"), "wraps must be one of sublayer, block, not 'model'"),
+        (dict(mixer="residual", n_streams=1, wraps="block"), "wraps must be 'sublayer'"),
+        (dict(x0_scalars=True), "x0_scalars are for the residual mixer, not for tbp"),
     ],
 )
 def test_bad_configs_are_refused(changes, says):

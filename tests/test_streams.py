@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from mixers import MIXERS, Mixer, ds_error, mixing_matrix, n_logits
+from passes import mean_square
 from streams import (
     HyperConnection,
     ReadOut,
     Residual,
     Streams,
-    mean_square,
     scale_rows,
     start_streams,
 )
@@ -35,19 +35,31 @@ def plain_logits(module, x):
     return [b + a * f_ for b, a, f_ in zip(bias, module.alpha, f)]
 
 
-def plain_hyper_connection(hc, x, branch):
-    """u = sum_j a_j x_j, x'_i = sum_j M_ij x_j + w_i F(u), one formula after the other."""
-    n = hc.n_streams
+def plain_coefficients(hc, x):
+    """a and w (B, T, n), M (B, T, n, n) from the streams x that the coefficients see."""
     a, w, mix = plain_logits(hc, x)
     if not hc.free_gates:
         a, w = a.sigmoid(), 2 * w.sigmoid()
-    K = n_logits(hc.mixer, n)
-    M = mixing_matrix(hc.mixer, mix[..., :K], n, **hc.options)
+    K = n_logits(hc.mixer, hc.n_streams)
+    M = mixing_matrix(hc.mixer, mix[..., :K], hc.n_streams, **hc.options)
     scales = mix[..., K:].exp()  # none, one for all rows, or one a row
     if scales.shape[-1]:
         M = scales[..., None] * M
+    return a, w, M
+
+
+def plain_hyper_connection(hc, x, branch):
+    """u = sum_j a_j x_j, x'_i = sum_j M_ij x_j + w_i F(u), one formula after the other."""
+    a, w, M = plain_coefficients(hc, x)
     v = branch(torch.einsum("btj,btjc->btc", a, x))
     return torch.einsum("btij,btjc->btic", M, x) + w[..., None] * v[:, :, None]
+
+
+def plain_read_ahead(hc, x, u, branch):
+    """x'_i = sum_j M_ij x_j + w_i F(u), u' = sum_i a_i x'_i, with coefficients that see u."""
+    a, w, M = plain_coefficients(hc, u[:, :, None])
+    new = torch.einsum("btij,btjc->btic", M, x) + w[..., None] * branch(u)[:, :, None]
+    return new, torch.einsum("bti,btic->btc", a, new)
 
 
 def noisy(module, seed=0):
@@ -93,6 +105,33 @@ def test_hyper_connection_and_its_gradients_are_the_plain_formulas(name, knobs, 
         torch.testing.assert_close(new.mean_square, (new.x**2).mean((-2, -1)))
     plain = plain_hyper_connection(hc, x, branch)
     assert_same_with_gradients(new.x, plain, [x, *hc.parameters(), *branch.parameters()])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name, knobs", CASES)
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("n", [2, 4])
+def test_reading_ahead_and_its_gradients_are_the_plain_formulas(name, knobs, dynamic, n):
+    knobs = {"dynamic": dynamic, "mix_start": 0.3, "sees": "input", **knobs}
+    hc = noisy(HyperConnection(name, n, 6, **knobs))
+    branch = noisy(torch.nn.Linear(6, 6))
+    x = torch.randn(2, 3, n, 6, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    new = hc(Streams(x, mean_square(u[:, :, None]), u), branch)
+    plain = plain_read_ahead(hc, x, u, branch)
+    torch.testing.assert_close(new.mean_square, (new.ahead**2).mean(-1))
+    mine, plain = (torch.cat([x_, u_[:, :, None]], 2) for x_, u_ in ((new.x, new.ahead), plain))
+    assert_same_with_gradients(mine, plain, [x, u, *hc.parameters(), *branch.parameters()])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("last", [True, False])
+def test_reading_ahead_starts_at_the_next_sublayer_s_read(last):
+    """Sublayer l hands on a read of stream (l + 1) % n, the last sublayer the mean."""
+    streams = start_streams(torch.randn(1, 1, 6), 3, read_ahead=True)
+    hc = HyperConnection("tbp", 3, 6, layer=4, read_start=0.6, sees="input", last=last)
+    expected = torch.full((3,), 1 / 3) if last else torch.tensor([0.2, 0.2, 0.6])
+    torch.testing.assert_close(hc.observe(streams)[0][0, 0], expected)
 
 
 @pytest.mark.quick

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dev.h100.capture import capturing
 from model import GPT, GPTConfig
-from streams import compiler_options
+from passes import compiler_options
 
 
 def main():

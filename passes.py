@@ -1,0 +1,278 @@
+"""
+The passes over the residual streams, as autograd.Functions, and the compiler options they need.
+
+All code here is plain PyTorch, forward and backward, so torch.compile generates every kernel. The
+backwards are written by hand: autograd's own would keep float32 copies of the streams and move
+almost twice the bytes. streams.py puts the passes together; its docstrings have the formulas.
+
+Throughout, x (B, T, n, C) are the streams. A *plane* (B, T) is one coefficient of all tokens, in
+float32; where coefficients do not depend on the token, a plane is (1, 1).
+"""
+
+import torch
+
+
+def compiler_options():
+    """Options for torch.compile, which GPT.compile_regions passes."""
+    wanted = {
+        # A sum over the n streams stays a loop. Below this number of terms Inductor would unroll
+        # it, and then could not fuse it with the kernel that wrote the streams.
+        "unroll_reductions_threshold": 1,
+        # A mixer is hundreds of small operations on planes, and one kernel.
+        "max_fusion_size": 1024,
+        # On a CPU, the sums over channels for all coefficients' gradients are one loop.
+        "cpp.max_horizontal_fusion_size": 1024,
+        # A stack of more planes than this is stored once. Inductor would compute a smaller one
+        # again for every channel that uses it. Joining the gradients of q, k and v stays fused.
+        "max_pointwise_cat_inputs": 3,
+        "max_complex_pointwise_cat_inputs": 3,  # the same, since torch 2.13
+    }
+    known = set(torch._inductor.list_options())
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+@torch.no_grad()
+def mean_square(x):
+    """x (B, T, n, C) -> (B, T) in float32. Without a gradient: `Project` takes that one itself."""
+    return at_least_float32(x).square().mean((-2, -1))
+
+
+# ---- from the streams to logits ------------------------------------------------------------------
+
+
+class Project(torch.autograd.Function):
+    """y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T), both in float32.
+
+    x (B, T, n, C), mean_square (B, T), phi (K, n*C). The caller needs phi @ RMSNorm(x), which is
+    y * r. Dividing after the product, with the mean square from whoever wrote x, reads x once.
+    The backward gives x the gradient through r as well, and mean_square none.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mean_square, phi):
+        flat = x.flatten(0, 1).flatten(1)  # (B*T, n*C)
+        y = matmul_float32(phi.to(x.dtype), flat.t()).unflatten(1, x.shape[:2])
+        r = torch.rsqrt(mean_square + 1e-6)
+        ctx.save_for_backward(x, phi, r)
+        return y, r
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_r):
+        x, phi, r = ctx.saved_tensors
+        flat = x.flatten(0, 1).flatten(1)  # (B*T, n*C)
+        grad_y = grad_y.to(x.dtype).flatten(1)  # (K, B*T)
+        shrink = (grad_r * r * r * r / flat.shape[1]).to(x.dtype)[..., None, None]
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = grad_y.t() @ phi.to(x.dtype)
+        return grad_x.view_as(x) - x * shrink, None, matmul_float32(grad_y, flat)
+
+
+class Logits(torch.autograd.Function):
+    """The K planes (B, T) of bias + alpha * f(y * r).
+
+    y (K, B, T), r (B, T), alpha (parts,), bias (K,). The K logits lie in parts (read, write, mix),
+    `sizes` of them in each; a part has one alpha, and f is tanh where `squashed` says so for the
+    part, else the identity. One sum over the tokens gives the gradients of alpha and bias.
+    """
+
+    @staticmethod
+    def forward(ctx, y, r, alpha, bias, sizes, squashed):
+        ctx.sizes, ctx.squashed = sizes, squashed
+        ctx.save_for_backward(y, r, alpha)
+        y, bias = list(y.unbind(0)), list(bias.unbind(0))
+        planes = []
+        for a, size, squash in zip(alpha.unbind(0), sizes, squashed):
+            for _ in range(size):
+                z = y[len(planes)] * r
+                planes.append(bias[len(planes)] + a * (z.tanh() if squash else z))
+        return tuple(planes)
+
+    @staticmethod
+    def backward(ctx, *grad_planes):
+        y, r, alpha = ctx.saved_tensors
+        grad, z = torch.stack(grad_planes), y * r  # (K, B, T)
+        part_of = one_hot_parts(ctx.sizes, alpha)  # (parts, K)
+        f, slope = z, None
+        if any(ctx.squashed):
+            squash = squashed_logits(ctx.sizes, ctx.squashed, y.device)
+            f = torch.where(squash, z.tanh(), z)
+            slope = torch.where(squash, 1 - f * f, 1.0)
+        grad_gain, grad_bias = torch.stack([grad * f, grad]).sum((-2, -1))
+        gain = sum((alpha[:, None] * part_of).unbind(0))  # (K,)
+        grad_z = grad * gain[:, None, None]
+        if slope is not None:
+            grad_z = grad_z * slope
+        grad_alpha = (grad_gain * part_of).sum(1)
+        return grad_z * r, (grad_z * y).sum(0), grad_alpha, grad_bias, None, None
+
+
+def part_index(sizes, device):
+    """(K,): the part in which each logit lies. Arithmetic on arange, since a table made on the host
+    would be copied to the GPU at every step."""
+    k = torch.arange(sum(sizes), device=device)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return sum((k >= end).int() for end in ends) if ends else torch.zeros_like(k)
+
+
+def one_hot_parts(sizes, alpha):
+    """(parts, K) in alpha's dtype: 1 where logit k lies in the part."""
+    parts = torch.arange(len(sizes), device=alpha.device)[:, None]
+    return (part_index(sizes, alpha.device) == parts).to(alpha.dtype)
+
+
+def squashed_logits(sizes, squashed, device):
+    """(K, 1, 1): whether logit k goes through tanh."""
+    part = part_index(sizes, device)
+    chosen = [part == i for i, squash in enumerate(squashed) if squash]
+    return sum(c.int() for c in chosen).bool()[:, None, None]
+
+
+# ---- from the streams to the branch, and back ----------------------------------------------------
+# Both functions take each coefficient twice. `a`, `M` and `w` are values: stacked tensors, without
+# a gradient. `planes` are the same numbers plane by plane, and gradients flow back to those. Were
+# the stack differentiated, its gradient would be cut into planes again by one more kernel.
+#
+# (`*args`, because Dynamo, when it traces without gradients, drops the ctx of a forward that
+# happens to have as many parameters as there are arguments.)
+
+
+class ReadAndMix(torch.autograd.Function):
+    """x (B, T, n, C), a (B, T, n), M (B, T, n, n) or None for I, then the planes of a and of M.
+
+    -> u = sum_j a_j x_j (B, T, C) in x's dtype, the branch's input; and, unless M is None,
+    sum_j M_ij x_j (B, T, n, C) in float32, to which the branch's output will be added.
+
+    One function for the two, so that the backward passes once over x for the gradients of a and M.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        x, a, M = args[:3]
+        ctx.save_for_backward(x, a, M)
+        # One product over all streams, not n of them: Inductor then keeps u for the backward
+        # instead of reading x again.
+        u = cast(sum((a[..., None] * x).unbind(-2)), x.dtype)
+        if M is None:
+            return u
+        return u, sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2]))
+
+    @staticmethod
+    def backward(ctx, grad_u, grad_mixed=None):
+        x, a, M = ctx.saved_tensors
+        x_j = x.unbind(-2)
+        grad_x = a[..., None] * grad_u[..., None, :]
+        grad_planes = [(at_least_float32(grad_u) * x_).sum(-1) for x_ in x_j]
+        if M is not None:
+            n = len(x_j)
+            back = [M[..., i, :, None] * grad_mixed[..., None, i, :] for i in range(n)]
+            grad_x = grad_x + sum(back)
+            g_i = grad_mixed.unbind(-2)
+            grad_planes += [(g_ * x_).sum(-1) for g_ in g_i for x_ in x_j]
+        return grad_x.to(x.dtype), None, None, *sum_to_shape(a.shape[:-1], grad_planes)
+
+
+class Write(torch.autograd.Function):
+    """mixed (B, T, n, C), v (B, T, C), w (B, T, n), a dtype, then the planes of w.
+
+    -> x'_i = mixed_i + w_i v (B, T, n, C) in that dtype, and its mean square (B, T) in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        mixed, v, w, dtype = args[:4]
+        ctx.save_for_backward(v, w)
+        new = mixed + w[..., None] * v[..., None, :]  # float32
+        mean_square = new.square().mean((-2, -1))
+        ctx.mark_non_differentiable(mean_square)
+        return cast(new, dtype), mean_square
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        v, w = ctx.saved_tensors
+        grad_planes = [(at_least_float32(g) * v).sum(-1) for g in grad.unbind(-2)]
+        grad_v = (w[..., None] * grad).sum(-2).to(v.dtype)  # fuses with the kernel that wrote grad
+        return grad, grad_v, None, None, *sum_to_shape(w.shape[:-1], grad_planes)
+
+
+class MixWriteReadAhead(torch.autograd.Function):
+    """All that passes over the streams in one sublayer that reads ahead, in one pass.
+
+    x (B, T, n, C), v (B, T, C), a and w (B, T, n), M (B, T, n, n) or None for I, then the planes of
+    a, w and M. -> x'_i = sum_j M_ij x_j + w_i v (B, T, n, C), u' = sum_i a_i x'_i (B, T, C), both
+    in x's dtype, and the mean square of u' (B, T) in float32.
+
+    The streams are separate tensors throughout, so that every loop runs over tokens and channels.
+    In the backward, G_i is the gradient of x'_i with what u' adds to it, grad_i + a_i grad_u. The
+    sums over channels <G_i, x_j> and <G_i, v> are put together from those of grad and grad_u.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        x, v, a, w, M = args[:5]
+        ctx.save_for_backward(x, v, a, w, M)
+        x_j, v = x.unbind(-2), at_least_float32(v)
+        new = []
+        for i in range(len(x_j)):
+            mixed = at_least_float32(x_j[i])
+            if M is not None:
+                mixed = sum(M[..., i, j, None] * x_ for j, x_ in enumerate(x_j))
+            new.append(mixed + w[..., i, None] * v)
+        u = sum(a[..., i, None] * x_ for i, x_ in enumerate(new))
+        mean_square = u.square().mean(-1)
+        ctx.mark_non_differentiable(mean_square)
+        new = torch.stack([cast(x_, x.dtype) for x_ in new], -2)
+        return new, cast(u, x.dtype), mean_square
+
+    @staticmethod
+    def backward(ctx, grad, grad_u, _):
+        x, v, a, w, M = ctx.saved_tensors
+        streams = range(x.shape[-2])
+        x_j, g_i = [[at_least_float32(t) for t in s.unbind(-2)] for s in (x, grad)]
+        v32, grad_u = at_least_float32(v), at_least_float32(grad_u)
+        a_i, w_i = a.unbind(-1), w.unbind(-1)
+
+        # Sums over channels.
+        u_v = (grad_u * v32).sum(-1)
+        u_x = [(grad_u * x_).sum(-1) for x_ in x_j]
+        grad_w = [(g_i[i] * v32).sum(-1) + a_i[i] * u_v for i in streams]
+        if M is None:
+            grad_M = []
+            grad_a = [u_x[i] + w_i[i] * u_v for i in streams]
+        else:
+            m = [[M[..., i, j] for j in streams] for i in streams]
+            grad_M = [(g_i[i] * x_j[j]).sum(-1) + a_i[i] * u_x[j] for i in streams for j in streams]
+            grad_a = [sum(m[i][j] * u_x[j] for j in streams) + w_i[i] * u_v for i in streams]
+
+        G = [g_i[i] + a[..., i, None] * grad_u for i in streams]
+        grad_x = G
+        if M is not None:
+            grad_x = [sum(M[..., i, j, None] * G[i] for i in streams) for j in streams]
+        grad_x = torch.stack([t.to(x.dtype) for t in grad_x], -2)
+        grad_v = sum(w[..., i, None] * G[i] for i in streams).to(v.dtype)
+        planes = sum_to_shape(a.shape[:-1], [*grad_a, *grad_w, *grad_M])
+        return grad_x, grad_v, None, None, None, *planes
+
+
+def sum_to_shape(shape, planes):
+    """Planes (B, T) summed to the shape of the coefficients: (B, T), or (1, 1) where static."""
+    if planes[0].shape == shape:
+        return planes
+    return torch.stack(planes).sum((-2, -1), keepdim=True).unbind(0)
+
+
+def matmul_float32(a, b):
+    """a @ b, summed and returned in float32 (float64 stays float64)."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return at_least_float32(a) @ at_least_float32(b)
+
+
+def at_least_float32(t):
+    return cast(t, torch.promote_types(t.dtype, torch.float32))
+
+
+def cast(t, dtype):
+    """t in another dtype, and t itself in its own: torch 2.11 loses the gradient of a Function's
+    output that went through a `.to()` which changes nothing."""
+    return t if t.dtype == dtype else t.to(dtype)
