@@ -1,0 +1,53 @@
+"""The snippets of CONTRIBUTING.md run as they stand."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def snippets(name):
+    """The Python code between ```python and ``` in a file, in its order."""
+    text = (ROOT / name).read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def run_in(folder, *command):
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The scripts and their tests in a folder of their own, to be changed."""
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(
+        ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return tmp_path
+
+
+def test_the_new_mixer_passes_the_tests_of_mixers(copy):
+    for snippet in snippets("CONTRIBUTING.md"):
+        if found := re.match(r"# (mixers\.py|tests/oracle\.py)\n", snippet):
+            with (copy / found[1]).open("a") as file:
+                file.write("\n\n" + snippet)
+    output = run_in(
+        copy, "-m", "pytest", "tests/test_mixers.py", "-m", "quick", "-k", "cyclic", "-rs"
+    )
+    assert "passed" in output and "not in tests/oracle.py" not in output, output
+
+
+@pytest.mark.long  # compiles
+def test_the_profile_of_a_step(tmp_path):
+    (code,) = (code for code in snippets("CONTRIBUTING.md") if "torch.profiler" in code)
+    program = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"
+    assert "Self CPU" in run_in(tmp_path, "-c", program)
+    assert (tmp_path / "trace.json").stat().st_size > 1000
