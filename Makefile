@@ -7,9 +7,6 @@ TORCH ?= 2.11.0
 BIN := .venv/bin
 OTHER := .venv-torch-$(TORCH)
 
-# Tests that compile the model: what another version of torch can break.
-TORCH_TESTS := tests/test_torch_versions.py
-
 .PHONY: run test quick lint format test-torch
 
 run: .venv/ready
@@ -24,15 +21,17 @@ quick: .venv/ready-dev
 	$(BIN)/python -m pytest -m quick
 
 lint: .venv/ready-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --output-format=concise .
+	$(BIN)/ruff format --check --output-format=concise .
 
 format: .venv/ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 test-torch: $(OTHER)/ready
-	$(OTHER)/bin/python -m pytest $(TORCH_TESTS)
+	$(OTHER)/bin/python -m pytest -m quick
+	$(OTHER)/bin/python -m pytest tests/test_model.py tests/test_recipe.py
+	$(OTHER)/bin/python -m pytest tests/test_torch_versions.py --long
 
 # A user's environment, then what the tests add to it. A stamp file says that a step is done.
 .venv/ready: requirements.txt

@@ -1,4 +1,4 @@
-"""The snippets of CONTRIBUTING.md run as they stand."""
+"""The Python snippets of README.md and CONTRIBUTING.md run as they stand."""
 
 import re
 import shutil
@@ -15,12 +15,24 @@ def snippets(name):
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
+def pasted(code):
+    """A program that runs a snippet as if it were pasted in the folder of the scripts."""
+    return f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"
+
+
 def run_in(folder, *command):
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_each_snippet_of_the_readme_runs_by_itself(tmp_path):
+    codes = snippets("README.md")
+    assert codes
+    for code in codes:
+        run_in(tmp_path, "-c", pasted(code))
 
 
 @pytest.fixture
@@ -48,6 +60,5 @@ def test_the_new_mixer_passes_the_tests_of_mixers(copy):
 @pytest.mark.long  # compiles
 def test_the_profile_of_a_step(tmp_path):
     (code,) = (code for code in snippets("CONTRIBUTING.md") if "torch.profiler" in code)
-    program = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"
-    assert "Self CPU" in run_in(tmp_path, "-c", program)
+    assert "Self CPU" in run_in(tmp_path, "-c", pasted(code))
     assert (tmp_path / "trace.json").stat().st_size > 1000
