@@ -9,8 +9,7 @@ The constraint costs something if tbp's loss minus hc's has a 95 % interval abov
 seeds. A variant between them explains the part of the gap that it closes, if its interval against
 tbp leaves out 0: gates (hc_bounded, tbp_free, identity_free), one number a sublayer or a stream
 beside an exact M (tbp_scale, tbp_stream_scale, diagonal), sums of rows or of columns alone (rows,
-columns), signs (orthogonal). A mixer that earns less than two static numbers a block beside the
-plain residual stream (residual_x0, as nanochat has them) is not worth its streams. A mixer helps at all only if it is below residual_wide, which has as
+columns), signs (orthogonal). A mixer helps at all only if it is below residual_wide, which has as
 many parameters as tbp, and below residual_scalars, which costs nothing. Intervals that hold 0 are
 reported with their bound, not as "the same"."""
 
@@ -37,7 +36,6 @@ references = ["residual", "identity", "tbp", "hc"]
 # The most telling arms come first: a study that is cut short has them.
 arms = {
     "residual": {"mixer": "residual", "n_streams": 1},
-    "residual_x0": {"mixer": "residual", "n_streams": 1, "x0_scalars": True},
     "hc": {"mixer": "hc"},
     "tbp": {"mixer": "tbp"},
     "identity": {"mixer": "identity"},

@@ -3,9 +3,10 @@
 question = "Does a form that moves fewer bytes learn as well as the faithful one?"
 decision = """\
 A lean form is as good as tbp if the 95 % interval of their paired difference lies within .01 of 0,
-and worse if it leaves out 0 on the upper side. The ends of the scale are tbp, whose coefficients see
-all streams, and identity. tbp_ends separates what a learned read-out and a learned start of the
+and worse if it leaves out 0 on the upper side. The ends of the scale are tbp, whose coefficients
+see all streams, and identity. tbp_ends separates what a learned read-out and a learned start of the
 streams earn, since every lean form has the former."""
+references = ["residual", "tbp"]
 
 files = ["config/laptop.py"]
 knobs = {
