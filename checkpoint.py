@@ -32,7 +32,7 @@ from tokenizer import tokenizer_name
 KEYS = {
     *("model", "optimizer", "config", "model_config", "command", "provenance"),
     *("tokenizer", "n_vocab", "shards"),
-    *("step", "best_val", "evaluated", "logged_step", "tally"),  # train.py's `progress`
+    *("step", "best_val", "evaluated", "logged_step", "tally", "scaler"),  # train.py's `progress`
 }
 # With another value of one of these it would be another run; so it would with another model_config.
 FIXED = ("seed", "dataset", "total_batch_tokens")
@@ -181,6 +181,7 @@ def load(path):
     state = load_tensors(path)
     if "tallied" in state:
         _upgrade(path, state)
+    state.setdefault("scaler", {})  # of float16, which came later
     if missing := KEYS - set(state):
         raise RunError(
             f"{path}: not a checkpoint of this project, it lacks {', '.join(sorted(missing))}"

@@ -85,8 +85,8 @@ def pick_dtype(name, device):
 
     "auto" is bfloat16 on a GPU that computes with it (not one that emulates it), else float32.
     """
-    if name not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {name!r}")
     if name != "auto":
         return getattr(torch, name)
     cuda = device.type == "cuda"

@@ -90,7 +90,7 @@ grad_clip = 1.0  # norm that gradients are clipped to; 0: never
 max_bad_steps = 10  # stop after this many steps in a row with a loss or gradient not finite
 # System
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # of activations: auto (bfloat16 on cuda if it can, else float32), float32, bfloat16
+dtype = "auto"  # of activations: auto (bfloat16 on a GPU that can, else float32), or a torch dtype
 compile = True  # blocks and head through torch.compile, in place
 activation_memory_budget = 1.0  # share of the backward's needs that is kept, not computed again
 deterministic = True  # cuda: algorithms whose result does not depend on timing; a CPU's never do
@@ -120,17 +120,15 @@ def check_knobs():
         )
 
 
-def make_autocast(device):
-    """The context in which the model computes: activations in the dtype that the knobs say."""
+def pick_activations(device):
+    """The dtype of activations. ValueError where the streams' own does not go with it."""
     chosen = runtime.pick_dtype(dtype, device)
     if stream_dtype == "bfloat16" and chosen != torch.bfloat16:
         raise ValueError(
             "streams in bfloat16 need branches in bfloat16, and dtype is "
             f"{str(chosen).removeprefix('torch.')}: --dtype=bfloat16, or --stream_dtype=auto"
         )
-    if chosen == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, chosen)
+    return chosen
 
 
 def sequences_per_step(world_size):
@@ -291,16 +289,19 @@ def evaluate(model, blocks, autocast, device):
 
 
 def learning_rate_at(step):
-    """Linear warmup, then a cosine down to min_lr at lr_decay_iters."""
+    """Linear warmup, then a cosine down to min_lr at lr_decay_iters, and min_lr from then on.
+
+    In the warmup step s (0, 1, …) has (s + 1) / (warmup_iters + 1) of the peak.
+    """
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     done = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
 
 
-def save(progress, tally, model, optimizer, about, best=False):
+def save(progress, tally, scaler, model, optimizer, about, best=False):
     """Write a checkpoint; `about` is what all checkpoints of the run have in common."""
-    progress.tally = tally.read()
+    progress.tally, progress.scaler = tally.read(), scaler.state_dict()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= vars(progress) | about
     checkpoint.save(out_dir, state, keep=keep_checkpoints, best=best)
@@ -410,7 +411,10 @@ def main():
     rank, local_rank, world_size = runtime.ranks()
     check_knobs()
     device = runtime.pick_device(config["device"], local_rank)
-    autocast = make_autocast(device)
+    activations = pick_activations(device)
+    autocast = contextlib.nullcontext()
+    if activations != torch.float32:
+        autocast = torch.autocast(device.type, activations)
     torch.use_deterministic_algorithms(deterministic)
     # Filling takes time, and nothing here reads memory that was not written.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -452,6 +456,7 @@ def main():
         evaluated=None,  # the step of the last evaluation
         logged_step=0,  # the step of the last log line
         tally=[0.0] * 5,  # what a Tally has counted since then
+        scaler={},  # the loss scale of float16
     )
     if start:
         state = on_all_ranks(group, checkpoint.load, start)
@@ -492,6 +497,10 @@ def main():
     }
 
     # The loop
+    # In float16 small gradients are 0 unless the loss is scaled up. Else the scaler does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=activations == torch.float16)
+    if progress.scaler:
+        scaler.load_state_dict(progress.scaler)
     first_step = progress.step
     tally = Tally(progress.tally, device)
     clock, whole_run = Clock(first_step), Clock(first_step)
@@ -518,7 +527,7 @@ def main():
             progress.evaluated = progress.step
         due = improved or at_end or progress.step % checkpoint_interval == 0
         if missed_evaluation or (due and progress.step > first_step):
-            on_rank_0(group, save, progress, tally, model, optimizer, about, improved)
+            on_rank_0(group, save, progress, tally, scaler, model, optimizer, about, improved)
         if at_end:
             break
         if progress.evaluated == progress.step or due:
@@ -534,7 +543,7 @@ def main():
             fetched = time.time()
             batch = next(batches)  # while the device is busy with what was queued
             clock.waited += time.time() - fetched
-            micro_loss.backward()
+            scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         if group:
             dist.all_reduce(loss)
@@ -544,11 +553,13 @@ def main():
         lr = learning_rate_at(progress.step)
         for settings in optimizer.param_groups:
             settings["lr"] = lr
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         bad = ~(loss.isfinite() & norm.isfinite())
         # Where this is 1, a fused optimizer skips the whole update; so GradScaler tells it to.
         optimizer.found_inf = bad.float()
         optimizer.step()
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         tally.add(bad, norm)
         progress.step += 1
@@ -578,7 +589,7 @@ def main():
         if progress.step % log_interval == 0 or progress.step == first_step + 1:
             clock.restart(progress.step)
         if stop.agreed():
-            on_rank_0(group, save, progress, tally, model, optimizer, about)
+            on_rank_0(group, save, progress, tally, scaler, model, optimizer, about)
             print0(f"stopped at step {progress.step} by a signal; go on with --init_from=resume")
             return
 

@@ -168,6 +168,7 @@ def assert_same_run(a, b):
         "evaluated",
         "logged_step",
         "tally",
+        "scaler",
         "model_config",
         "tokenizer",
         "n_vocab",

@@ -365,6 +365,35 @@ def test_a_log_line_tells_of_all_the_steps_since_the_one_before(tiny, tmp_path):
     assert [r["step"] for r in records(tmp_path / "seldom") if "gain" in r] == [0, 7, 14, 21]
 
 
+def test_float16_scales_the_loss_and_an_overflow_lowers_the_scale(tiny, tmp_path):
+    tiny += ["--checkpoint_interval=1", "--keep_checkpoints=9"]
+    run(*tiny)
+    half = [*tiny, "--dtype=float16", f"--out_dir={tmp_path}/half"]
+    overflow = """
+unscale = torch.amp.GradScaler.unscale_
+def overflow(self, optimizer):
+    if next(calls) == 3:
+        next(optimizer.param_groups[0]["params"][i] for i in (2,)).grad.fill_(float("inf"))
+    unscale(self, optimizer)
+torch.amp.GradScaler.unscale_ = overflow"""
+    output = run_with(overflow, *half)
+    assert "1 not finite, skipped (1 in a row)" in output and "finished: 6 steps" in output
+    states = [load(tmp_path / "half" / f"ckpt_{step:07d}.pt") for step in range(1, 7)]
+    assert [state["scaler"]["scale"] for state in states] == [65536.0] * 2 + [32768.0] * 4
+    assert same_weights(states[1], states[2]) and not same_weights(states[2], states[3])
+
+    # The gradients are those of float32, whatever the scale.
+    for a, b in zip(records(tmp_path / "out")[:3], records(tmp_path / "half")[:3]):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["norm"] == pytest.approx(b["norm"], rel=1e-2)
+
+    newest = tmp_path / "half" / "ckpt_0000006.pt"
+    shutil.move(newest, tmp_path / "wanted.pt")
+    run(*half, "--init_from=resume")
+    assert_same_run(newest, tmp_path / "wanted.pt")
+
+
 # ---- two runs, two processes ---------------------------------------------------------------------
 
 

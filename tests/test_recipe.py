@@ -7,6 +7,11 @@ import oracle_trainer
 import pytest
 import torch
 from conftest import load, records, run
+from torch.nn.functional import layer_norm, linear
+
+from mixers import MIXERS
+from model import GPT, GPTConfig
+from streams import Streams, mean_square
 
 STEPS = 14
 # Clips at most steps; the cosine begins at step 4; an epoch ends within step 9.
@@ -182,3 +187,33 @@ def test_a_training_step_drops_out(tiny, tmp_path):
         run(*tiny, "--max_iters=1", f"--out_dir={tmp_path}/{dropout}", f"--dropout={dropout}")
     none, half = (records(tmp_path / name)[1]["loss"] for name in ("0.0", "0.5"))
     assert none != half
+
+
+def small_model(mixer, **changes):
+    n = 1 if MIXERS[mixer].one_stream else 3
+    sizes = {"block_size": 8, "vocab_size": 64, "n_layer": 4, "n_head": 2, "n_embd": 16}
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**sizes, mixer=mixer, n_streams=n, **changes))
+
+
+@pytest.mark.quick
+def test_the_head_reads_the_mean_of_the_streams():
+    model = small_model("tbp")
+    x = torch.randn(2, 8, 3, 16)
+    model.head.ln_f.weight.data.uniform_(0.5, 2)
+    wte = model.embed.wte.weight
+    logits, _ = model.head(Streams(x, mean_square(x)), wte)
+    mean = (x[:, :, 0] + x[:, :, 1] + x[:, :, 2]) / 3
+    wanted = linear(layer_norm(mean, [16], model.head.ln_f.weight, model.head.ln_f.bias), wte)
+    torch.testing.assert_close(logits, wanted)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if not MIXERS[name].one_stream])
+def test_each_sublayer_favours_the_next_stream_at_the_start(mixer):
+    model = small_model(mixer, read_start=0.6)
+    for sublayer, seen in enumerate(model.observe(torch.randint(64, (2, 8)))):
+        wanted = torch.full((3,), 0.2)  # the other two share what 0.6 leaves
+        wanted[sublayer % 3] = 0.6
+        torch.testing.assert_close(seen.read, wanted.expand(2, 8, 3), msg=f"{seen.name} reads")
+        torch.testing.assert_close(seen.write, torch.ones(2, 8, 3), msg=f"{seen.name} writes")

@@ -165,6 +165,7 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
         (["--init_from=gpt2:nowhere.bin"], "nowhere.bin"),
         (["--device=cuda:99"], "device = cuda:99, but this torch"),
         (["--device=tpu"], "tpu"),
+        (["--sinkhorn_rounds=5"], "tbp takes no option 'sinkhorn_rounds'; leave it at 20"),
         (["--dtype=float8"], "not 'float8'"),
         (["--out_dir=/proc/out"], "not writable"),
         (["--out_dir=README.txt/out"], "not writable (Not a directory)"),
