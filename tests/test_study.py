@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, records, run, run_with
@@ -124,14 +125,24 @@ def test_a_study_that_was_cut_off_ends_with_the_same_table(call, finished, tmp_p
     assert "0 to do" in call(path)
 
 
-def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(call, finished, tmp_path):
+def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
+    call, finished, tmp_path, monkeypatch
+):
     path, kept = finished / "tiny.py", tmp_path / "results/tiny/identity/seed1.json"
     shutil.copytree(finished / "results", tmp_path / "results")
+    assert not (tmp_path / "out").exists()
     assert "the same loss at all 2 evaluations" in call(path, "--cell=identity/seed1")
     result = json.loads(kept.read_text())
     final = result["evaluations"][-1]["val"]
     result["evaluations"][-1]["val"] = final + 1e-7
     kept.write_text(json.dumps(result))
+
+    def run_as_before(_, todo, options):
+        assert todo[0].folder == Path("out/studies/tiny/identity/seed1-again2")
+        todo[0].result.parent.mkdir()
+        shutil.copy(finished / "results/tiny/identity/seed1.json", todo[0].result)
+
+    monkeypatch.setattr(study, "run_grid", run_as_before)
     output = call(path, "--cell=identity/seed1", ok=False)
     assert "not the same losses. Then, by step: [(0, " in output
     assert f"(4, {final + 1e-7})]" in output and f"(4, {final})]" in output
