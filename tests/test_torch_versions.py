@@ -10,33 +10,38 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import charts
 import mixers
-import streams
+import passes
 from mixers import MIXERS
 from model import GPT, GPTConfig
-from streams import Streams, mean_square
+from passes import mean_square
+from streams import Streams
 
 SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
-FUNCTIONS = [
+READ_AHEAD = {"sees": "input", "readout": "learned"}
+CASES = [*((mixer, {}) for mixer in MIXERS), ("identity", READ_AHEAD), ("tbp", READ_AHEAD)]
+FUNCTIONS = {
     value
-    for module in (mixers, streams)
+    for module in (charts, mixers, passes)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, torch.autograd.Function)
-]
+}
 
 
-def build(mixer, n, dynamic):
+def build(mixer, n, dynamic, knobs):
     """A model whose parameters are away from their start, the same at each call."""
     torch.manual_seed(0)
-    one_stream, options = MIXERS[mixer].one_stream, {}
+    options = {}
     if "sinkhorn_rounds" in MIXERS[mixer].options:
         options["sinkhorn_rounds"] = 3  # fewer are compiled sooner
     config = GPTConfig(
         **SIZES,
         mixer=mixer,
-        n_streams=1 if one_stream else n,
+        n_streams=1 if MIXERS[mixer].one_stream else n,
         dynamic=dynamic,
         options=options,
+        **knobs,
     )
     model = GPT(config)
     with torch.no_grad():
@@ -95,13 +100,13 @@ def refuse_unchanged_outputs(monkeypatch, function):
 @pytest.mark.quick
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer, knobs", CASES)
 def test_no_function_returns_what_an_operation_left_unchanged(
-    mixer, dynamic, bfloat16, monkeypatch
+    mixer, knobs, dynamic, bfloat16, monkeypatch
 ):
     for function in FUNCTIONS:
         refuse_unchanged_outputs(monkeypatch, function)
-    loss_and_gradients(build(mixer, 2, dynamic), bfloat16)
+    loss_and_gradients(build(mixer, 2, dynamic, knobs), bfloat16)
 
 
 @pytest.mark.quick
@@ -122,19 +127,26 @@ class Sublayer(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.connection, self.branch = model.blocks[1].hc_mlp, model.blocks[1].mlp
+        self.read_ahead = model.config.sees == "input"
 
     def forward(self, x):
-        return self.connection(Streams(x, mean_square(x)), self.branch).x
+        """x (B, T, n, C) -> new streams, and where reads are taken ahead the next branch's input"""
+        streams = Streams(x, mean_square(x))
+        if self.read_ahead:
+            u = x.mean(2)
+            streams = Streams(x, mean_square(u[:, :, None]), u)
+        new = self.connection(streams, self.branch)
+        return (new.x, new.ahead) if self.read_ahead else (new.x,)
 
 
-def square_and_gradients(sublayer, n, bfloat16):
-    """The squared norm of what the sublayer writes, and its gradients, that of x among them."""
+def squares_and_gradients(sublayer, n, bfloat16):
+    """The sum of all squares that the sublayer writes, and its gradients, that of x among them."""
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     x = torch.randn(2, 8, n, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
     x.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-        new = sublayer(x)
-    loss = new.float().square().sum()
+        written = sublayer(x)
+    loss = sum(t.float().square().sum() for t in written)
     loss.backward()
     return loss.detach(), {"x": x.grad, **{name: p.grad for name, p in sublayer.named_parameters()}}
 
@@ -143,14 +155,14 @@ def square_and_gradients(sublayer, n, bfloat16):
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_traced_is_eager(mixer, n, dynamic, bfloat16):
+@pytest.mark.parametrize("mixer, knobs", CASES)
+def test_traced_is_eager(mixer, knobs, n, dynamic, bfloat16):
     """The graphs of Dynamo and AOTAutograd, run by eager kernels."""
     torch.compiler.reset()
     n = 1 if MIXERS[mixer].one_stream else n
-    traced, eager = (Sublayer(build(mixer, n, dynamic)) for _ in range(2))
+    traced, eager = (Sublayer(build(mixer, n, dynamic, knobs)) for _ in range(2))
     traced.compile(fullgraph=True, dynamic=False, backend="aot_eager")
-    assert_same(*(square_and_gradients(s, n, bfloat16) for s in (traced, eager)), 1e-4)
+    assert_same(*(squares_and_gradients(s, n, bfloat16) for s in (traced, eager)), 1e-4)
 
 
 @pytest.mark.long
@@ -159,12 +171,11 @@ def test_traced_is_eager(mixer, n, dynamic, bfloat16):
     [(4, True, False), (2, False, False), (2, True, True)],
     ids=["dynamic-float32", "static-float32", "dynamic-bfloat16"],
 )
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_compiled_model_is_eager(mixer, n, dynamic, bfloat16):
+@pytest.mark.parametrize("mixer, knobs", CASES)
+def test_compiled_model_is_eager(mixer, knobs, n, dynamic, bfloat16):
     """Inductor's kernels. In bfloat16 they round less often than eager ones do."""
     torch.compiler.reset()
-    model = build(mixer, n, dynamic)
-    model.compile_regions()
-    compiled = loss_and_gradients(model, bfloat16)
-    eager = loss_and_gradients(build(mixer, n, dynamic), bfloat16)
-    assert_same(compiled, eager, 0.1 if bfloat16 else 1e-4)
+    compiled, eager = (build(mixer, n, dynamic, knobs) for _ in range(2))
+    compiled.compile_regions()
+    results = (loss_and_gradients(model, bfloat16) for model in (compiled, eager))
+    assert_same(*results, 0.1 if bfloat16 else 1e-4)

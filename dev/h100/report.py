@@ -42,7 +42,7 @@ from runtime import provenance
 
 BASELINE = "residual"
 ONE_LAYER = {"n_layer": 1}  # of GPTConfig's defaults only this is changed
-OF_STREAMS = ("n_streams", "gates", "mix_scale", "stream_start", "readout")
+OF_STREAMS = ("n_streams", "gates", "sees", "wraps", "mix_scale", "stream_start", "readout")
 
 
 def main():
