@@ -20,7 +20,10 @@ from streams import Streams
 
 SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
 READ_AHEAD = {"sees": "input", "readout": "learned"}
-CASES = [*((mixer, {}) for mixer in MIXERS), ("identity", READ_AHEAD), ("tbp", READ_AHEAD)]
+CASES = [
+    *(pytest.param(mixer, {}, id=mixer) for mixer in MIXERS),
+    *(pytest.param(mixer, READ_AHEAD, id=f"{mixer}-ahead") for mixer in ("identity", "tbp")),
+]
 FUNCTIONS = {
     value
     for module in (charts, mixers, passes)
