@@ -6,7 +6,7 @@ import math
 import oracle_trainer
 import pytest
 import torch
-from conftest import load, records, run
+from conftest import load, records, run, run_with
 from torch.nn.functional import layer_norm, linear
 
 from mixers import MIXERS
@@ -217,3 +217,61 @@ def test_each_sublayer_favours_the_next_stream_at_the_start(mixer):
         wanted[sublayer % 3] = 0.6
         torch.testing.assert_close(seen.read, wanted.expand(2, 8, 3), msg=f"{seen.name} reads")
         torch.testing.assert_close(seen.write, torch.ones(2, 8, 3), msg=f"{seen.name} writes")
+
+
+@pytest.mark.quick
+def test_every_parameter_starts_as_gpt2_s():
+    """And what is a hyper-connection's own: phi 0, alpha 0.01."""
+    torch.manual_seed(0)
+    sizes = {"block_size": 64, "vocab_size": 512, "n_layer": 8, "n_head": 2, "n_embd": 64}
+    model = GPT(GPTConfig(**sizes, mixer="tbp", n_streams=4, bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("phi"):
+            assert not parameter.any(), name
+        elif name.endswith("alpha"):
+            assert (parameter == 0.01).all(), name
+        elif ".ln_" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith("weight"):
+            # 16 sublayers write to a stream; together they add as much as one of std 0.02.
+            std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(parameter.mean().item()) < std / 10, name
+        elif ".hc_" not in name:
+            assert not parameter.any(), name
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_where_gpt2_has_it(training, monkeypatch):
+    """After the embedding, on the attention's weights, and on what each branch returns."""
+    model = small_model("residual", dropout=0.5).train(training)
+    seen = {}
+    for name in ("attn", "mlp"):
+        module = getattr(model.blocks[1], name)
+        module.register_forward_hook(lambda module, _, y, name=name: seen.update({name: y}))
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attend_and_tell(*arguments, dropout_p=0.0, **named):
+        seen["dropout_p"] = dropout_p
+        return attend(*arguments, dropout_p=dropout_p, **named)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attend_and_tell)
+    idx = torch.randint(64, (8, 8))
+    model(idx)
+    seen["embedding"] = model.embed(idx).x
+    assert seen["dropout_p"] == (0.5 if training else 0)
+    for name in ("embedding", "attn", "mlp"):
+        share = (seen[name] == 0).float().mean().item()
+        assert share == pytest.approx(0.5 if training else 0, abs=0.1), f"dropout of the {name}"
+
+
+def test_dropout_draws_anew_at_every_step(tiny):
+    tell = """
+step = torch.optim.AdamW.step
+def step_and_tell(self):
+    print("seed:", torch.initial_seed(), flush=True)
+    return step(self)
+torch.optim.AdamW.step = step_and_tell"""
+    lines = [line for line in run_with(tell, *tiny).splitlines() if line.startswith("seed:")]
+    assert len(set(lines)) == 6, "two steps draw the same numbers"

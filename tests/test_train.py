@@ -372,6 +372,17 @@ def test_evaluates_again_at_the_last_step_with_other_tokens(tiny, tmp_path):
     assert kept_best == (last["val"] >= best_val)
 
 
+def test_the_best_is_the_one_with_the_lowest_loss(tiny, tmp_path):
+    tiny += ["--eval_interval=2", "--warmup_iters=0"]
+    run(*tiny, "--max_iters=6")
+    run(*tiny, "--max_iters=10", "--learning_rate=1.0", "--min_lr=1.0", "--init_from=resume")
+    vals = {line["step"]: line["val"] for line in records(tmp_path / "out") if "val" in line}
+    best = min(vals, key=vals.get)
+    assert 0 < best < 10, "choose rates with which it gets better and then worse"
+    state = load(tmp_path / "out" / "best.pt")
+    assert state["step"] == best and state["best_val"] == vals[best]
+
+
 def test_eval_only_evaluates_and_writes_nothing(tiny, tmp_path):
     output = run(*tiny)
     said = [line for line in output.splitlines() if line.startswith("step 6/6 | val")]
