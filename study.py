@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+import checkpoint
 import comparison
 from data import DataError, write_atomic
 from grid import (
@@ -53,6 +54,8 @@ from grid import (
 from mixers import MIXERS
 from runtime import RunError
 
+# ---- results ------------------------------------------------------------------------------------
+
 
 def state(cell):
     """Of a cell, in words. Raises RunError for a run of other knobs."""
@@ -66,6 +69,7 @@ def keep_result(cell, options, gave_up):
     """Write the cell's file in results/ from its run; -> its content."""
     config, records = comparison.read_run(cell.folder)
     provenance = config.pop("provenance", {})
+    provenance.pop("command", None)  # the cell's own stands beside it
     result = {
         "arm": cell.arm,
         "axes": cell.axes,
@@ -85,7 +89,7 @@ def keep_result(cell, options, gave_up):
 
 class Run(NamedTuple):
     cell: Cell
-    begun: int  # the step from which it goes on
+    begun: int  # the step of the checkpoint from which it goes on, or 0
     steps: int  # the step at which it ends
     process: subprocess.Popen | None = None  # once it has started
 
@@ -100,7 +104,8 @@ def planned(cell):
     config, _ = comparison.read_run(cell.folder)
     if config:
         check_same(cell, config, cell.folder)
-    return Run(cell, comparison.last_step(cell.folder), steps)
+    checkpoints = [int(path.stem.removeprefix("ckpt_")) for path in checkpoint.steps(cell.folder)]
+    return Run(cell, max(checkpoints, default=0), steps)
 
 
 def start(run, options, slot):

@@ -333,6 +333,21 @@ def test_a_run_of_other_knobs_is_not_taken_for_a_cell(call, tiny_study, tmp_path
 
 
 @pytest.mark.quick
+def test_a_killed_run_goes_on_from_its_checkpoint_not_its_last_line(tiny_study, tmp_path):
+    """It had written metrics up to step 3 and a checkpoint at step 2."""
+    one = grid.read_study(tiny_study())
+    options = study.argparse.Namespace(out=tmp_path / "out", results=tmp_path / "results")
+    cell = grid.cells(one, options)[0]
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.json").write_text(json.dumps(grid.knobs_of(*cell.arguments)))
+    (cell.folder / "metrics.jsonl").write_text('{"step": 3, "loss": 5.0}\n{"step": 4, "lo')
+    assert (study.planned(cell).begun, study.state(cell)) == (0, "at step 3")
+    (cell.folder / "ckpt_0000002.pt").touch()
+    run = study.planned(cell)
+    assert (run.begun, run.steps, run.share(4)) == (2, 4, 0.5)
+
+
+@pytest.mark.quick
 def test_a_damaged_result_and_one_of_no_cell_are_named(call, tiny_study, tmp_path):
     path, folder = tiny_study(), tmp_path / "results/tiny"
     (folder / "gone").mkdir(parents=True)
