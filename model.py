@@ -137,10 +137,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, -1)
         q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in (q, k, v))  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            y = cache.attend(q, k, v)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -215,9 +216,10 @@ class Embedding(nn.Module):
         if config.stream_start == "learned":
             self.offsets = nn.Parameter(torch.empty(config.n_streams, config.n_embd))
 
-    def forward(self, idx, start=0):
-        """Tokens (B, T) at the positions start, start + 1, ... -> Streams."""
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+    def forward(self, idx, positions=None):
+        """Tokens (B, T) at positions (B, T), by default 0 to T - 1 -> Streams."""
+        if positions is None:
+            positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.dropout, self.training)
         if self.stream_dtype != "auto":
@@ -405,70 +407,3 @@ class GPT(nn.Module):
                 streams += 3 * 2 * c.n_embd * (n + n + mix)
         attention = 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * weights + attention + streams
-
-    @torch.no_grad()
-    def generate(
-        self,
-        idx,
-        max_new_tokens,
-        *,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        n_vocab=None,
-        generator=None,
-    ):
-        """Continue idx (B, T) by max_new_tokens -> (B, T + max_new_tokens), with a cache of keys
-        and values.
-
-        temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens, top_p the
-        likeliest that together hold p of the probability; n_vocab leaves out the padding of the
-        vocabulary. When block_size positions are full, their last half becomes the new beginning.
-        """
-        size, context = self.config.block_size, idx[:, -self.config.block_size :]
-        caches, used = None, size
-        for _ in range(max_new_tokens):
-            if caches is None or used + context.shape[1] > size:
-                context = idx[:, -size:] if caches is None else idx[:, -max(1, size // 2) :]
-                caches, used = [KeyValueCache() for _ in self.blocks], 0
-            streams = self.embed(context, used)
-            x0 = streams.x
-            for block, cache in zip(self.blocks, caches):
-                # `forward` is not compiled, as `block()` may be: that would be a graph a length.
-                streams = block.forward(streams, x0, cache)
-            used += context.shape[1]
-            logits = self.head.forward(streams.last(), self.embed.wte.weight)[0]
-            logits = logits[:, 0, :n_vocab]  # (B, V)
-            context = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
-            idx = torch.cat([idx, context], 1)
-        return idx
-
-
-class KeyValueCache:
-    """Keys and values (B, H, T, C/H) of the tokens so far, of one layer."""
-
-    def __init__(self):
-        self.k = self.v = None
-
-    def append(self, k, v):
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
-        self.k, self.v = k, v
-        return k, v
-
-
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Logits (B, V) -> a token each, (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p is not None:
-        ranked, order = probabilities.sort(-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
-        ranked[:, 1:][before[:, 1:] >= top_p] = 0  # the likeliest token always stays
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked)
-    return torch.multinomial(probabilities, 1, generator=generator)

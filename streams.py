@@ -43,9 +43,10 @@ class Streams(NamedTuple):
     mean_square: torch.Tensor
     ahead: torch.Tensor | None = None
 
-    def last(self):
-        """The last position alone, T = 1."""
-        return Streams(*(None if t is None else t[:, -1:] for t in self))
+    def at(self, positions):
+        """The token at positions[b] of each row b alone, T = 1."""
+        rows = list(range(len(positions)))
+        return Streams(*(None if t is None else t[rows, positions][:, None] for t in self))
 
 
 def start_streams(x, n_streams, offsets=None, read_ahead=False):

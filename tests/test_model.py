@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 from convert import load_gpt2
 from mixers import MIXERS, Mixer, n_logits
-from model import GPT, GPTConfig, sample_token
+from model import GPT, GPTConfig
 from streams import Coefficients, HyperConnection
 
 SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)
@@ -233,38 +233,6 @@ def test_counts_and_flops():
     assert plain.flops_per_token() == 6 * (2 * 12 * 24 * 24 + 61 * 24) + 12 * 2 * 24 * 16
     assert model.flops_per_token() - plain.flops_per_token() == 4 * (
         6 * 4 * 24 * (8 + K) + 6 * 24 * (4 + 4 + 16)
-    )
-
-
-@pytest.mark.parametrize("mixer", ["residual", "tbp"])
-def test_generation_with_the_cache_is_generation_without(mixer, tokens):
-    model = build(mixer)
-    trained(model, tokens, 5)
-    model.eval()
-    out = model.generate(tokens[:, :4], 12, temperature=0)
-    idx = tokens[:, :4]
-    for _ in range(12):
-        idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(out, idx)
-    # Beyond block_size, the last half begins anew.
-    longer = model.generate(tokens, 30, temperature=0)
-    assert longer.shape == (3, 46)
-    assert torch.equal(longer[:, 17:18], model(longer[:, 9:17])[0][:, -1].argmax(-1, keepdim=True))
-    model.compile_regions()  # for which nothing is compiled
-    assert torch.equal(out, model.generate(tokens[:, :4], 12, temperature=0))
-
-
-def test_sampling_filters():
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]]).repeat(2000, 1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample_token(logits, generator=generator).flatten().tolist()) == {0, 1, 2, 3, 4}
-    assert set(sample_token(logits, top_k=2, generator=generator).flatten().tolist()) == {0, 1}
-    assert set(sample_token(logits, top_p=0.0, generator=generator).flatten().tolist()) == {0}
-    top = sample_token(logits, top_p=0.7, generator=generator)  # .64 + .23
-    assert set(top.flatten().tolist()) == {0, 1}
-    assert set(sample_token(logits, temperature=0).flatten().tolist()) == {0}
-    assert torch.equal(
-        *(sample_token(logits, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     )
 
 

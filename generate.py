@@ -1,0 +1,257 @@
+"""
+Text from a model, a token at a time: the prompt in one pass, then a step a token, with a cache of
+keys and values whose size never changes, so that the step is compiled once.
+
+    decoder = Decoder(model, rows=2, length=256)
+    for new in generate(decoder, [[50256, 464], [50256]], 100, top_k=200):
+        ...                                     # a token of each prompt
+
+A text depends on its prompt and its seed alone, and not on what else is in the batch. Beyond
+block_size the last half of the text becomes the new beginning.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from passes import compiler_options
+
+
+class Whole(NamedTuple):
+    """One layer's cache, as attention sees it while prompts are read."""
+
+    keys: torch.Tensor  # (B, H, S, C/H), of the decoder's B rows
+    values: torch.Tensor
+    rows: list[int]  # those that are read
+
+    def attend(self, q, k, v):
+        """q, k, v (rows, H, T, C/H) of positions 0 to T - 1 -> attention, of the same shape."""
+        T = k.shape[2]
+        self.keys[self.rows, :, :T] = k
+        self.values[self.rows, :, :T] = v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Step(NamedTuple):
+    """One layer's cache, as attention sees it when every row gets one token more."""
+
+    keys: torch.Tensor  # (B, H, S, C/H)
+    values: torch.Tensor
+    rows: torch.Tensor  # (B,) 0, 1, ..., B - 1
+    positions: torch.Tensor  # (B,), of the new tokens
+    visible: torch.Tensor  # (B, 1, 1, S), the positions up to the new one
+
+    def attend(self, q, k, v):
+        """q, k, v (B, H, 1, C/H) of the new tokens -> attention, of the same shape."""
+        self.keys[self.rows, :, self.positions] = k[:, :, 0]
+        self.values[self.rows, :, self.positions] = v[:, :, 0]
+        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=self.visible)
+
+
+class Decoder:
+    """A model that reads up to `rows` texts side by side, with room for `length` tokens of each.
+
+    dtype      of the activations: float32 or bfloat16
+    compiled   whether the step of a token goes through torch.compile
+
+    The shapes of a step are fixed here, so one decoder compiles once, whatever it reads.
+    """
+
+    def __init__(self, model, rows, length, *, dtype=torch.float32, compiled=True):
+        config = model.config
+        self.model, self.rows, self.dtype = model, rows, dtype
+        self.length = cache_length(length, config.block_size)
+        self.device = model.embed.wte.weight.device
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        shape = (rows, config.n_head, self.length, config.n_embd // config.n_head)
+        # Zeros, since attention multiplies what is not visible by 0, and 0 times NaN is NaN.
+        new_cache = partial(torch.zeros, shape, dtype=dtype, device=self.device)
+        self.keys = [new_cache() for _ in model.blocks]
+        self.values = [new_cache() for _ in model.blocks]
+        self.used = [0] * rows  # tokens of each row in the cache
+
+        self.run_block, self.run_head = run_block, run_head
+        if compiled:
+            options = dict(fullgraph=True, dynamic=False, options=compiler_options())
+            self.run_block = torch.compile(run_block, **options)
+            self.run_head = torch.compile(run_head, **options)
+
+    @torch.no_grad()
+    def read(self, rows, texts):
+        """Begin `rows` anew with `texts`, lists of 1 to `length` tokens -> the logits (rows, V) of
+        the token after each.
+
+        Shorter texts are padded at the end, where no token of theirs looks. Runs eagerly: it would
+        be a graph a length.
+        """
+        longest = max(map(len, texts))
+        idx = torch.tensor(
+            [text + [0] * (longest - len(text)) for text in texts], device=self.device
+        )
+        with self.autocast:
+            streams = self.model.embed(idx)
+            x0 = streams.x
+            for block, keys, values in zip(self.model.blocks, self.keys, self.values):
+                streams = run_block(block, streams, x0, Whole(keys, values, rows))
+            ends = [len(text) - 1 for text in texts]
+            logits = run_head(self.model, streams.at(ends))
+        for row, text in zip(rows, texts):
+            self.used[row] = len(text)
+        return logits
+
+    @torch.no_grad()
+    def step(self, tokens, grows):
+        """tokens (B,), one of each row -> the logits (B, V) of the one after it.
+
+        grows: whether each row keeps its token; otherwise the next step writes over it.
+        """
+        positions = torch.tensor([min(used, self.length - 1) for used in self.used])
+        positions = positions.to(self.device)
+        visible = torch.arange(self.length, device=self.device) <= positions[:, None]
+        rows = torch.arange(self.rows, device=self.device)
+        with self.autocast:
+            streams = self.model.embed(tokens[:, None], positions[:, None])
+            x0 = streams.x
+            for block, keys, values in zip(self.model.blocks, self.keys, self.values):
+                layer = Step(keys, values, rows, positions, visible[:, None, None])
+                streams = self.run_block(block, streams, x0, layer)
+            logits = self.run_head(self.model, streams)
+        for row, grow in enumerate(grows):
+            self.used[row] += grow
+        return logits
+
+
+def cache_length(length, block_size):
+    """Room for `length` tokens: a multiple of 128, so that few lengths mean few graphs."""
+    return min(-(-length // 128) * 128, block_size)
+
+
+# Functions of their own, and not the methods that they call: a training run may have compiled those
+# in place, for other shapes.
+
+
+def run_block(block, streams, x0, layer):
+    return block.forward(streams, x0, layer)
+
+
+def run_head(model, streams):
+    """Streams of one token a row -> logits (B, V)."""
+    return model.head.forward(streams, model.embed.wte.weight)[0][:, 0]
+
+
+def generate(
+    decoder,
+    prompts,
+    max_new_tokens,
+    *,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    n_vocab=None,
+    seeds=None,
+    stop=None,
+):
+    """Continue each of `prompts`, lists of tokens, by up to max_new_tokens.
+
+    Yields a list at a time: the next token of each prompt, or None for one that has ended.
+
+    n_vocab    leaves out the padding of the vocabulary
+    seeds      one a prompt; by default 0, 1, ...
+    stop       the token that ends a text; it is still yielded
+    The rest is sample_token's.
+
+    ValueError for an empty prompt, more text than the decoder has room for, or logits that are not
+    finite.
+    """
+    size = decoder.model.config.block_size
+    check_room(decoder, prompts, max_new_tokens)
+    decoder.used = [0] * decoder.rows
+    rows, texts = list(range(len(prompts))), [list(prompt) for prompt in prompts]
+    running = [row < len(texts) for row in range(decoder.rows)]
+    draws = draw(seeds or rows, decoder.rows, max_new_tokens, decoder.device)
+
+    logits = torch.zeros(decoder.rows, decoder.model.config.vocab_size, device=decoder.device)
+    logits = logits.to(decoder.dtype)
+    logits[rows] = decoder.read(rows, [text[-size:] for text in texts])
+    for number in range(max_new_tokens):
+        known = logits[:, :n_vocab]
+        if not known.isfinite().all():
+            raise ValueError(
+                "the model's logits are not finite: its weights have diverged, or are damaged; "
+                "take an earlier checkpoint"
+            )
+        tokens = sample_token(known, draws[number], temperature, top_k, top_p)  # (B,)
+        new = tokens.tolist()
+        yield [new[row] if running[row] else None for row in rows]
+
+        for row in rows:
+            if running[row]:
+                texts[row].append(new[row])
+                running[row] = new[row] != stop
+        if number + 1 == max_new_tokens or not any(running):
+            return
+        full = [row for row in rows if running[row] and decoder.used[row] == size]
+        goes_on = [run and row not in full for row, run in enumerate(running)]
+        if any(goes_on):
+            logits = decoder.step(tokens, goes_on)
+        if full:
+            half = max(1, size // 2)
+            logits[full] = decoder.read(full, [texts[row][-half:] for row in full])
+
+
+def check_room(decoder, prompts, max_new_tokens):
+    """ValueError unless the decoder can continue these prompts so far."""
+    lengths = [len(prompt) for prompt in prompts]
+    if len(prompts) > decoder.rows:
+        raise ValueError(f"{len(prompts)} prompts are more than the decoder's {decoder.rows} rows")
+    if not all(lengths):
+        raise ValueError(f"prompt {lengths.index(0)} has no token; the model needs one to begin")
+    needed = max(lengths) + max_new_tokens
+    if needed > decoder.length < decoder.model.config.block_size:
+        raise ValueError(f"{needed} tokens are more than the decoder's length {decoder.length}")
+
+
+def draw(seeds, rows, count, device):
+    """Numbers from [0, 1) for `count` tokens of each row, (count, rows) in float64 (on mps, which
+    has none, in float32). A row's own depend on its seed alone."""
+    draws = torch.zeros(count, rows, dtype=torch.float64)
+    for row, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        draws[:, row] = torch.rand(count, generator=generator, dtype=torch.float64)
+    if device.type == "mps":
+        # What rounding takes to 1 would lie outside.
+        draws = draws.float().clamp(max=1 - 2**-24)
+    return draws.to(device)
+
+
+def sample_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V), draws (B,) from [0, 1) -> a token each, (B,).
+
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens; of these, top_p
+    keeps the likeliest that together hold p of the probability. With the tokens side by side from
+    the likeliest on, each as wide as its probability, the token is where the draw lies.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    k = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    highest, tokens = logits.float().topk(k)
+    # From the highest on: even a tiny temperature then leaves it at 0, and not at infinity.
+    probabilities = ((highest - highest[:, :1]) / temperature).softmax(-1)
+    ends = probabilities.to(draws.dtype).cumsum(-1)  # (B, k), where each token's width ends
+    last = torch.full_like(tokens[:, :1], k - 1)  # of those that are kept
+    if top_p is not None:
+        last = (ends[:, :-1] < top_p).sum(-1, keepdim=True)  # the likeliest always stays
+    place = torch.searchsorted(ends, draws[:, None] * ends.gather(1, last), right=True)
+    return tokens.gather(1, place)[:, 0]
+
+
+def cast_weights(model, dtype):
+    """The weights of linear layers and of the token embedding in `dtype`, in place: what autocast
+    would otherwise do again for every token. Norms and coefficients stay in float32."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    model.embed.wte.to(dtype)
