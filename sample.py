@@ -2,70 +2,61 @@
 Text from a checkpoint; the tokenizer is the one that the checkpoint was trained with.
 
     python sample.py --out_dir=out/laptop-tbp
-    python sample.py --out_dir=out/laptop-tbp --start="def main():" --num_samples=3
+    python sample.py --out_dir=out/laptop-tbp --start="def main():" --stream=True
     python sample.py --checkpoint=out/tbp/best.pt --start=FILE:prompt.txt --top_k=0 --top_p=0.95
+    python sample.py --out_dir=out/tbp --prompts=prompts.jsonl --out=completions.jsonl
+
+A sample depends on its prompt, the seed and its number, and not on what is written beside it: a
+prompt in a file gives the same samples as the same prompt given by --start.
+
+A file of prompts is text with a prompt a line (an empty line is the beginning of a document), or,
+where its name ends in .jsonl, an object a line with a "prompt"; its other fields come back in the
+lines of --out, which adds "sample", "completion", "tokens" and "ended" (the document ended).
 """
 
+import json
 import os
 import sys
+import time
 
 import torch
 
-import checkpoint as checkpoints
 from configurator import configure
-from model import GPT, GPTConfig
+from generate import Decoder, cast_weights, generate
 from runtime import RunError, pick_device
-from tokenizer import get_tokenizer, tokenizer_name
+from tokenizer import END_OF_TEXT, clean
+from trained import activation_dtype, open_trained
 
+# The model
 out_dir = "out"  # of the run
 checkpoint = "latest"  # latest, best, or a path
+# The prompts
 start = ""  # the prompt, or FILE:path; empty: the beginning of a document
-num_samples = 3
+prompts = ""  # a file of many prompts instead
+out = ""  # with prompts: the JSON lines go to this file; empty: to the console
+special_tokens = False  # <|endoftext|> in a prompt is the token, and not these characters
+# The samples
+num_samples = 3  # of each prompt
 max_new_tokens = 500  # of each sample
 temperature = 0.8  # below 1 likelier, above 1 more varied; 0: always the likeliest token
 top_k = 200  # only the k likeliest tokens; 0: all
 top_p = 1.0  # only the likeliest tokens that together hold this probability
 seed = 1337
+stream = False  # show each sample as it is written, one after the other
+# System
+batch_size = 16  # samples that are written side by side
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # of activations: auto (bfloat16 on cuda if it can, else float32), float32, bfloat16
+compile = True  # the step of a token through torch.compile, once; pays off for long texts
 config = configure(globals())
 
 
-def main():
-    check_knobs()
-    device = pick_device(config["device"])
-    path = find_checkpoint()
-    state = checkpoints.load(path)
-    tokenizer = get_tokenizer(state["tokenizer"])
-    model = GPT(checkpoints.model_config(path, state, GPTConfig))
-    checkpoints.restore(path, state, model)
-    model.to(device).eval()
-    print(
-        f"{path}: step {state['step']}, {model.config.mixer}, "
-        f"{tokenizer_name(state['tokenizer'])} tokens",
-        file=sys.stderr,
-    )
-
-    prompt = read_prompt()
-    tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]  # every document began so
-    idx = torch.tensor(tokens, device=device).repeat(num_samples, 1)  # (num_samples, T)
-    out = model.generate(
-        idx,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k or None,
-        top_p=top_p if top_p < 1 else None,
-        n_vocab=state["n_vocab"],
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    for number, sample in enumerate(out[:, len(tokens) :].tolist(), 1):
-        if tokenizer.eot_token in sample:
-            sample = sample[: sample.index(tokenizer.eot_token)]  # what follows is another document
-        print(f"--- sample {number} ---\n{prompt}{tokenizer.decode(sample)}\n", flush=True)
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def check_knobs():
     """Raises ValueError for what no sampling can have."""
-    for name in ("num_samples", "max_new_tokens"):
+    for name in ("num_samples", "max_new_tokens", "batch_size"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
     for name in ("temperature", "top_k"):
@@ -73,32 +64,223 @@ def check_knobs():
             raise ValueError(f"{name} must not be negative, as {config[name]} is")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if prompts and start:
+        raise ValueError("both --start and --prompts are named; give one of them")
+    if prompts and stream:
+        raise ValueError("--stream shows the samples of one prompt; it does not go with --prompts")
+    if out and not prompts:
+        raise ValueError("--out is for the samples of a file of prompts: name one with --prompts")
 
 
-def find_checkpoint():
-    """The path that the knobs mean. Raises RunError where the run has no checkpoint."""
-    if checkpoint == "best":
-        return os.path.join(out_dir, "best.pt")
-    if checkpoint != "latest":
-        return checkpoint
-    path = checkpoints.latest(out_dir)
-    if path is None:
-        raise RunError(
-            f"{out_dir} has no checkpoint; train one, for example "
-            "python train.py config/tbp.py config/laptop.py, or name its --out_dir"
-        )
-    return path
+def read_rows():
+    """-> a list of {"prompt": text, ...}. Raises ValueError."""
+    if not prompts:
+        is_file = start.startswith("FILE:")
+        text = read_text("start", start.removeprefix("FILE:")) if is_file else start
+        return [{"prompt": clean(text)}]
+    lines = read_text("prompts", prompts).removesuffix("\n").split("\n")
+    if not prompts.endswith(".jsonl"):
+        return [{"prompt": clean(line)} for line in lines]
+    return [read_json(line, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def read_prompt():
-    """The prompt, from its file where `start` names one. Raises ValueError."""
-    if not start.startswith("FILE:"):
-        return start
+def read_text(knob, path):
+    """The text of a file, without a byte-order mark. Raises ValueError."""
     try:
-        with open(start.removeprefix("FILE:"), encoding="utf-8") as file:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"start={start!r} could not be read: {error}") from error
+    except OSError as error:
+        raise ValueError(f"--{knob}: {path} could not be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--{knob}: {path} is not UTF-8: byte {error.object[error.start]:#04x} at position "
+            f"{error.start} ({error.reason}). Convert it: "
+            f"iconv -f latin1 -t utf-8 {path} > converted.txt, or -f utf-16"
+        ) from error
+
+
+def read_json(line, number):
+    """A line of a .jsonl file -> {"prompt": text, ...}. Raises ValueError."""
+    where = f"{prompts}, line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: no JSON ({error}); name a file of plain lines .txt") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{where}: an object with a text "prompt" is wanted, not {line[:80]}')
+    taken = [name for name in ("sample", "completion", "tokens", "ended") if name in row]
+    if taken:
+        raise ValueError(f"{where}: the fields {', '.join(taken)} are written here; rename them")
+    return row | {"prompt": clean(row["prompt"])}
+
+
+def encode(tokenizer, text):
+    """The tokens of a prompt, after the end of text before which every document stood."""
+    parts = text.split(END_OF_TEXT) if special_tokens else [text]
+    if len(parts) > 1 and not parts[0]:
+        parts = parts[1:]  # the prompt begins with the token itself
+    tokens = []
+    for part in parts:
+        tokens += [tokenizer.eot_token, *tokenizer.encode_ordinary(part)]
+    return tokens
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+
+class Speed:
+    """Seconds and tokens: of prompts, of the step that compiles, and of all other steps."""
+
+    def __init__(self):
+        self.prompt_tokens = self.prompt_seconds = self.compile_seconds = 0
+        self.new_tokens = self.new_seconds = 0
+        self.compiling = compile  # the first step is still to come
+
+    def add(self, prompt_tokens, times, new_tokens):
+        """times: when generation began, and when each token was there; new_tokens: how many."""
+        self.prompt_tokens += prompt_tokens
+        self.prompt_seconds += times[1] - times[0]
+        if self.compiling and len(times) > 2:
+            self.compile_seconds = times[2] - times[1]
+            times, new_tokens, self.compiling = times[1:], new_tokens[1:], False
+        self.new_tokens += sum(new_tokens[1:])
+        self.new_seconds += times[-1] - times[1]
+
+    def __str__(self):
+        parts = [f"prompt: {rate(self.prompt_tokens, self.prompt_seconds)}"]
+        if self.new_tokens:
+            parts.append(f"then: {rate(self.new_tokens, self.new_seconds)}")
+        if self.compile_seconds:
+            parts.append(f"the first step, compiling included: {self.compile_seconds:.1f} s")
+        return " | ".join(parts)
+
+
+def rate(tokens, seconds):
+    return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tok/s"
+
+
+def write_samples(decoder, trained, texts, numbers, speed, show=None):
+    """Continue `texts`, lists of tokens, as the samples of these numbers.
+
+    show: called with the tokens so far of the first, whenever there is one more.
+    -> (the new tokens, whether the document ended) of each.
+    """
+    end = trained.tokenizer.eot_token
+    times, counts = [time.perf_counter()], []
+    samples = [[] for _ in texts]
+    for new in generate(
+        decoder,
+        texts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p if top_p < 1 else None,
+        n_vocab=trained.n_vocab,
+        seeds=[seed + 1_000_003 * number for number in numbers],
+        stop=end,
+    ):
+        times.append(time.perf_counter())
+        counts.append(sum(token is not None for token in new))
+        for sample, token in zip(samples, new):
+            if token is not None:
+                sample.append(token)
+        if show and new[0] != end:
+            show(samples[0])
+    speed.add(sum(map(len, texts)), times, counts)
+    return [(s[:-1], True) if s[-1] == end else (s, False) for s in samples]
+
+
+class Console:
+    """Shows a text that grows. The end of it may be half a character, which waits for the rest."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.shown = tokenizer, 0
+
+    def show(self, tokens):
+        text = self.tokenizer.decode(tokens).rstrip("\ufffd")
+        print(text[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(text))
+
+    def finish(self, tokens):
+        print(self.tokenizer.decode(tokens)[self.shown :], end="\n\n", flush=True)
+
+
+def stream_samples(decoder, trained, row, tokens, speed):
+    """The samples of one prompt, each shown while it is written."""
+    for number in range(num_samples):
+        print(f"--- sample {number + 1} ---\n{row['prompt']}", end="", flush=True)
+        console = Console(trained.tokenizer)
+        [(sample, _)] = write_samples(decoder, trained, [tokens], [number], speed, console.show)
+        console.finish(sample)
+
+
+def print_samples(samples, file):
+    """samples: (row, number, text, tokens, ended) of each. Those of a file of prompts go to `file`
+    as JSON lines."""
+    for row, number, text, tokens, ended in samples:
+        if not prompts:
+            print(f"--- sample {number + 1} ---\n{row['prompt']}{text}\n", flush=True)
+            continue
+        added = {"sample": number + 1, "completion": text, "tokens": tokens, "ended": ended}
+        print(json.dumps(row | added, ensure_ascii=file is sys.stdout), file=file, flush=True)
+
+
+def open_out():
+    """The file that samples go to. Raises ValueError."""
+    if not out:
+        return sys.stdout
+    try:
+        return open(os.path.expanduser(out), "x", encoding="utf-8")
+    except FileExistsError as error:
+        raise ValueError(f"--out: {out} is there already; remove it, or name another") from error
+    except OSError as error:
+        raise ValueError(f"--out: {out} could not be written ({error.strerror})") from error
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def main():
+    sys.stdout.reconfigure(errors="replace")  # a console may lack some of the characters
+    check_knobs()
+    device = pick_device(config["device"])
+    rows = read_rows()
+    trained = open_trained(out_dir, checkpoint, device)
+    tokens = [encode(trained.tokenizer, row["prompt"]) for row in rows]
+    jobs = [(i, number) for i in range(len(rows)) for number in range(num_samples)]
+
+    about, chosen = trained.about, activation_dtype(dtype, trained.model, device)
+    print(
+        f"{about['checkpoint']}: step {about['step']}, {about['mixer']}, "
+        f"{about['tokenizer']} tokens",
+        file=sys.stderr,
+    )
+    if chosen != torch.float32:
+        cast_weights(trained.model, chosen)
+    decoder = Decoder(
+        trained.model,
+        1 if stream else min(batch_size, len(jobs)),
+        max(map(len, tokens)) + max_new_tokens,
+        dtype=chosen,
+        compiled=compile,
+    )
+    speed = Speed()
+    if stream:
+        stream_samples(decoder, trained, rows[0], tokens[0], speed)
+    else:
+        file = open_out()
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            texts, numbers = [tokens[i] for i, _ in batch], [number for _, number in batch]
+            written = write_samples(decoder, trained, texts, numbers, speed)
+            print_samples(
+                [
+                    (rows[i], number, trained.tokenizer.decode(sample), len(sample), ended)
+                    for (i, number), (sample, ended) in zip(batch, written)
+                ],
+                file,
+            )
+    print(speed, file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -106,3 +288,5 @@ if __name__ == "__main__":
         main()
     except (RunError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def run(*command, ok=True, timeout=300, **env):
 
     ok=False: it must fail, and without a traceback.
     """
-    if command[0] in ("train.py", "sample.py", "analyze.py"):
+    if command[0] in ("train.py", "sample.py", "eval.py", "analyze.py"):
         server = forks()
         with tempfile.NamedTemporaryFile("r") as file:
             print(
@@ -254,6 +255,22 @@ def write_data_set(folder, **lengths):
             "splits": splits,
         },
     )
+
+
+def write_checkpoint(folder, model, tokenizer="bytes", n_vocab=257, step=1):
+    """The checkpoint of a run in `folder` whose model is `model`. -> its path."""
+    import checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = dict.fromkeys(checkpoint.KEYS) | {
+        "model": model.state_dict(),
+        "model_config": asdict(model.config),
+        "tokenizer": tokenizer,
+        "n_vocab": n_vocab,
+        "step": step,
+        "provenance": {"commit": "c0ffee", "clean": True, "torch": "2", "command": "train.py"},
+    }
+    return checkpoint.save(folder, state, keep=1, best=False)
 
 
 @pytest.fixture(scope="session")

@@ -99,10 +99,19 @@ def test_a_prompt_longer_than_the_block_is_cut():
     assert found == [without_cache(model, prompt, 12)]
 
 
-def test_x0_scalars_and_learned_starts():
-    for model in (build("residual", x0_scalars=True), build(stream_start="learned")):
-        found = with_cache(Decoder(model, 1, 40, compiled=False), [[7, 8]], 20, temperature=0)
-        assert found == [without_cache(model, [7, 8], 20)]
+FORMS = [
+    dict(mixer="residual", x0_scalars=True),
+    dict(stream_start="learned"),
+    dict(wraps="block"),
+    dict(sees="input", readout="learned"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_of_the_model(form):
+    model = build(**form)
+    found = with_cache(Decoder(model, 1, 40, compiled=False), [[7, 8]], 20, temperature=0)
+    assert found == [without_cache(model, [7, 8], 20)]
 
 
 @pytest.mark.parametrize("mixer", ["residual", "tbp"])
