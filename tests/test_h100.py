@@ -16,17 +16,22 @@ CAPTURE = """
 import json, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from dev.h100.capture import capturing
+from dev.h100.cubin import resource_usage
 
 def captured(function, *shapes):
     with capturing() as graphs, FakeTensorMode():
         args = [torch.empty(s, device="cuda:0", dtype=torch.bfloat16) for s in shapes]
         out = torch.compile(function, fullgraph=True)(*(a.requires_grad_() for a in args))
         out.backward(torch.empty_like(out))
+    return graphs
+
+def counts(graphs):
     return [[g.triton_launches, g.extern_launches, g.bytes] for g in graphs]
 
-pointwise = captured(lambda x: (2 * x + 1).sin(), (1024, 512))
+pointwise = captured(lambda x: (2 * x + 1).exp(), (1024, 512))
 product = captured(lambda a, b: a @ b, (256, 128), (128, 64))
-print(json.dumps([pointwise, product]))
+usage = resource_usage(pointwise[1].kernels)
+print(json.dumps([counts(pointwise), counts(product), usage]))
 """
 
 
@@ -39,13 +44,15 @@ def python(*command):
 
 
 @needs_tools
-def test_launches_and_bytes_are_those_counted_by_hand():
+def test_counts_are_those_made_by_hand():
     """[Triton kernels, library kernels, bytes] of the forward and of the backward."""
-    pointwise, product = json.loads(python("-c", CAPTURE).splitlines()[-1])
+    pointwise, product, usage = json.loads(python("-c", CAPTURE).splitlines()[-1])
     x = 2 * 1024 * 512  # bytes of x, of the output and of their gradients
     assert pointwise == [[1, 0, 2 * x], [1, 0, 3 * x]]
     a, b, out = 2 * 256 * 128, 2 * 128 * 64, 2 * 256 * 64
     assert product == [[0, 1, a + b + out], [0, 2, 2 * (a + b + out)]]
+    ((_, registers, local_bytes, _, warps),) = usage  # one kernel, a small one
+    assert 8 <= registers <= 64 and local_bytes == 0 and warps in (4, 8)
 
 
 @needs_tools

@@ -37,7 +37,7 @@ def main():
         for name, graph in (("forward", forward), ("backward", backward)):
             usage = resource_usage(graph.kernels)
             counts[name]["registers"] = max(use.registers for use in usage)
-            counts[name]["spilling"] = sum(use.spilled_bytes > 0 for use in usage)
+            counts[name]["local_memory"] = sum(use.local_bytes > 0 for use in usage)
 
     print(json.dumps(counts), flush=True)
     os._exit(0)  # the interpreter's own way out would release CUDA tensors that never were

@@ -2,7 +2,7 @@
 Registers and spills of Triton kernels, compiled for sm_90 by the ptxas that comes with triton.
 
     for use in resource_usage(graph.kernels):       # see capture.py
-        print(use.kernel, use.registers, use.spilled_bytes)
+        print(use.kernel, use.registers, use.local_bytes)
 
 Inductor would time several launch configurations of a kernel on the GPU and keep the fastest. Which
 that is cannot be known here: the first one is compiled.
@@ -28,7 +28,7 @@ class Usage(NamedTuple):
 
     kernel: str
     registers: int  # of a thread
-    spilled_bytes: int  # of a thread, in local memory
+    local_bytes: int  # of a thread, in local memory: spilled registers, and arrays as sin() has
     shared_bytes: int  # of a block
     warps: int
 
@@ -52,9 +52,9 @@ def compile_kernel(name, source):
     autotuner = getattr(PyCodeCache.load(source), name)
     compiled = autotuner._precompile_config(autotuner.configs[0]).kernel
     counts = cuobjdump(compiled.asm["cubin"])
-    spilled = counts.get("LOCAL", 0) + counts.get("STACK", 0)
+    local = counts.get("LOCAL", 0) + counts.get("STACK", 0)
     metadata = compiled.metadata
-    return Usage(name, counts["REG"], spilled, metadata.shared, metadata.num_warps)
+    return Usage(name, counts["REG"], local, metadata.shared, metadata.num_warps)
 
 
 def cuobjdump(cubin):

@@ -147,7 +147,8 @@ def refuse_unused(settings, configs):
 def count_layer(config, arguments):
     """{"forward": {"triton": 17, "extern": 7, "bytes": ...}, "backward": ...} of one layer.
 
-    With --cubin also "registers", the most of any kernel, and "spilling", a number of kernels.
+    With --cubin also "registers", the most of any kernel, and "local_memory", how many kernels use
+    it: spilled registers lie there.
     """
     deeper = {**config, "n_layer": config["n_layer"] + 1}
     without = count_model(config, arguments, details=False)
@@ -202,7 +203,7 @@ def print_table(layers, configs, arguments):
     )
     head = ["mixer", "launches", "GB", f"times {BASELINE}"]
     if arguments.cubin:
-        head += ["most registers, forward and backward", "spilling kernels"]
+        head += ["most registers, forward and backward", "kernels with local memory"]
     print_row(head)
     print_row(["---"] * len(head))
     for mixer, layer in layers.items():
@@ -210,7 +211,7 @@ def print_table(layers, configs, arguments):
         row.append(f"{bytes_ratio(layer, layers[BASELINE]):.3f}")
         if arguments.cubin:
             row.append(f"{layer['forward']['registers']}, {layer['backward']['registers']}")
-            row.append(total(layer, "spilling"))
+            row.append(total(layer, "local_memory"))
         print_row(row)
 
 
