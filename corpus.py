@@ -223,9 +223,11 @@ def _read_file(path, reading):
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # the readers' libraries raise what they like
+        remedy = "fetch or write it again if it is damaged or cut short"
+        if path.startswith("hf://"):
+            remedy = "when the cause is gone, the same command continues"
         raise DataError(
-            f"{path}: could not be read after row {row} ({brief(error)}). If the file is damaged "
-            "or cut short, fetch or write it again"
+            f"{path}: could not be read after row {row} ({brief(error)}); {remedy}"
         ) from error
 
 
@@ -401,10 +403,9 @@ def _text_columns(row, prefix=""):
     return names
 
 
+TEXT_KINDS = {".txt", ".md", ".py"}
 READERS = {
-    ".txt": read_text,
-    ".md": read_text,
-    ".py": read_text,
+    **dict.fromkeys(TEXT_KINDS, read_text),
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,

@@ -269,13 +269,15 @@ def _prepare_command(directory):
 def _remedy(directory):
     """What to do about a file of this folder that is missing or damaged."""
     try:
-        command = json.loads((directory / META).read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        command = _prepare_command(directory)
-    command = brief(command)
+        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        command, kind = meta["command"], meta["source"].get("kind")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        command, kind = _prepare_command(directory), None
+    command, meta_path = brief(command), shlex.quote(str(directory / META))
+    if kind == "hub shards":
+        return f"delete this file, to fetch it again, and {meta_path}; then: {command}"
     if "--adopt" in command:
-        meta = shlex.quote(str(directory / META))
-        return f"fetch or write this file again, then: rm -f {meta}; {command}"
+        return f"fetch or write this file again, then: rm -f {meta_path}; {command}"
     return f"start over: rm -rf {shlex.quote(str(directory))}; {command}"
 
 

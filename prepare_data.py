@@ -14,28 +14,21 @@ so no text is in both.
 """
 
 import argparse
-import collections
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import shlex
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-
-import numpy as np
 
 import corpus
 from adopt import READY_MADE, adopt, fetch
 from data import META, PROGRESS, DataError, brief, read_meta, read_shard, verify, write_meta
-from splits import Split, load_progress, plan_splits, save_progress, split_text
+from splits import Split, load_progress, plan_splits, save_progress
 from tokenizer import (
     END_OF_TEXT,
     clean,
@@ -44,9 +37,18 @@ from tokenizer import (
     get_tokenizer,
     tokenizer_name,
 )
+from workers import chunks, encode_all, start_workers
 
+# Which options mean something for which source; --workers is for all.
+OPTIONS = {
+    "adopt": {"tokenizer"},
+    "ready": {"train_shards", "revision", "name", "out"},
+    "stdlib": {"tokenizer", "val_share", "shard_tokens", "name", "out"},
+}
+OPTIONS["files"] = OPTIONS["stdlib"] | {"text_key", "separator", "encoding", "skip_unusable"}
+OPTIONS["hub"] = OPTIONS["files"] | {"config", "split", "revision"}
+GENERAL = {"dataset", "files", "adopt", "kind", "workers"}
 OPENWEBTEXT = ("Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c")
-CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1 << 20  # what a worker gets at a time
 
 
 # ---- the source ----------------------------------------------------------------------------------
@@ -79,60 +81,7 @@ def digest_of(paths):
     return hashlib.blake2b(json.dumps(states).encode(), digest_size=8).hexdigest()
 
 
-# ---- tokenising ----------------------------------------------------------------------------------
-
-
-def start_worker():
-    """Ctrl-C is the parent's to answer; and a worker whose parent was killed leaves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def leave_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode(texts, description, plan):
-    """description: of the tokenizer; plan: of the splits.
-    -> {split: (uint16 tokens, documents)}."""
-    tokenizer = get_tokenizer(description)
-    end_of_text = np.array([tokenizer.eot_token], np.uint32)
-    parts = {"train": [end_of_text[:0]], "val": [end_of_text[:0]]}
-    documents = {"train": 0, "val": 0}
-    for text in map(clean, texts):
-        for split, part in split_text(text, plan):
-            parts[split] += end_of_text, tokenizer.encode(part)
-            documents[split] += 1
-    return {
-        split: (np.concatenate(parts[split]).astype(np.uint16), documents[split]) for split in parts
-    }
-
-
-def chunks(texts, position):
-    """Yields (some texts, the position after them): all that it takes to continue there."""
-    chunk, characters = [], 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
-        if len(chunk) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
-            yield chunk, dict(position)
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk, dict(position)
-
-
-def encode_all(pool, read_ahead, jobs, *arguments):
-    """Yields (encode's result, position) in the order of jobs. Pool.imap would read the whole
-    corpus ahead."""
-    waiting = collections.deque()
-    for texts, position in jobs:
-        waiting.append((pool.submit(encode, texts, *arguments), position))
-        if len(waiting) > read_ahead:
-            future, position = waiting.popleft()
-            yield future.result(), position
-    for future, position in waiting:
-        yield future.result(), position
+# ---- preparing -----------------------------------------------------------------------------------
 
 
 class Meter:
@@ -159,9 +108,6 @@ class Meter:
         sys.stdout.flush()
 
 
-# ---- preparing -----------------------------------------------------------------------------------
-
-
 def prepare(out, options, workers, command):
     """Makes the data set in folder out, or continues it, or finds it made. Raises DataError."""
     progress = unfinished(out, options, command)
@@ -173,15 +119,14 @@ def prepare(out, options, workers, command):
     if options["kind"] == "hub":
         options["revision"], _ = corpus.ask_hub(options["dataset"], options["revision"])
 
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        pool.submit(os.getpid).result()  # forks the workers before `datasets` starts threads
+    with start_workers(workers) as pool:  # before `datasets` starts threads
         files, reading = source_files(options), reading_of(options)
+        refuse_idle_options(files, options)
         texts = functools.partial(corpus.read_documents, files, reading)  # of a position
         description = describe_tokenizer(options["tokenizer"], texts)
         tokenizer = get_tokenizer(description)  # here too: its error comes once, not from workers
-        give_notice(
-            texts, corpus.kind_of(files[0]) in (".txt", ".md") and not reading.separator, tokenizer
-        )
+        if options["kind"] != "stdlib":
+            give_notice(texts, reading, corpus.kind_of(files[0]), tokenizer)
         plan = plan_splits(texts(corpus.start()), options["val_share"])
         print_plan(plan, options)
 
@@ -232,7 +177,8 @@ def unfinished(out, options, command):
 
     differences = []
     for key in {**there, **options}:
-        if there.get(key) != options.get(key):
+        # A run that stopped at what cannot be used may go on without it: all before was used.
+        if key != "skip_unusable" and there.get(key) != options.get(key):
             change = f"{brief(there.get(key), 80)} there, {brief(options.get(key), 80)} asked"
             if key == "digest":
                 change = "the files are not the same ones, or were changed"
@@ -256,6 +202,18 @@ def continue_from(out, splits, record, tokens):
     return record["position"]
 
 
+def refuse_idle_options(files, options):
+    """Raises DataError for an option that none of these files could follow."""
+    kinds = {corpus.kind_of(path) for path in files}
+    shown = ", ".join(sorted(kinds))
+    if options.get("separator") and kinds.isdisjoint(corpus.TEXT_KINDS):
+        raise DataError(f"--separator is for text files; in those of kind {shown} a row is a text")
+    if options.get("text_key", "text") != "text" and kinds <= corpus.TEXT_KINDS:
+        raise DataError(f"--text-key is for files with columns; those here are of kind {shown}")
+    if options.get("encoding") and kinds == {".parquet"}:
+        raise DataError("--encoding is for text and JSON files; .parquet files say theirs")
+
+
 def describe_tokenizer(argument, texts):
     """-> the tokenizer's description; for "chars" all texts are read for their characters."""
     if argument != "chars":
@@ -266,13 +224,13 @@ def describe_tokenizer(argument, texts):
     return describe_characters(characters)
 
 
-def give_notice(texts, whole_files, tokenizer):
-    """Tells of what the first document shows to be other than one might think. whole_files: whether
-    a file is a document."""
+def give_notice(texts, reading, kind, tokenizer):
+    """Tells of what the first document, of a file of this kind, shows to be other than one might
+    think. Raises DataError when there is none."""
     first = next(texts(corpus.start()), None)
     if first is None:
         raise DataError("there is no text in these files")
-    if whole_files and END_OF_TEXT in first:
+    if END_OF_TEXT in first and kind in corpus.TEXT_KINDS and not reading.separator:
         print(
             f"note: the texts contain {END_OF_TEXT}, which stays text; if it stands between "
             f"documents: --separator '{END_OF_TEXT}'"
@@ -319,6 +277,8 @@ def finish(out, options, command, splits, description, position):
         f"{out}: {train.tokens:,} tokens in {train.documents:,} documents to train on, "
         f"{val.tokens:,} in {val.documents:,} to validate; {tokenizer_name(description)} tokens"
     )
+    if options.get("separator") and position["documents"] <= position["file"]:
+        print(f"note: the separator {options['separator']!r} stands in none of these files")
     if position["empty"] or position["skipped"]:
         print(
             f"left out: {position['empty']:,} empty documents, {position['skipped']:,} rows or "
@@ -349,20 +309,25 @@ def parse(argv):
         "(default for stdlib), which needs no download")  # fmt: skip
     add("--name", help="of the folder in data/")
     add("--out", type=Path, help="the folder itself (default data/NAME)")
-    add("--shard-tokens", type=int, default=100_000_000)
+    add("--shard-tokens", type=int, help="in each shard (default 100,000,000)")
     add("--val-share", type=float, help="of the texts (default 0.0005 of the Hub's, else 0.05)")
     add("--workers", type=int, default=min(os.cpu_count(), 61))  # 61: Windows' limit
     args = parser.parse_args(argv)
 
-    args.hub = args.dataset not in (None, "stdlib")
-    if args.val_share is None:
-        args.val_share = 0.0005 if args.hub else 0.05
     if bool(args.dataset) + bool(args.files) + bool(args.adopt) > 1:
         parser.error("give one of: the name of a data set, --files, --adopt")
-    if not args.hub and (args.config or args.split or args.revision):
-        parser.error("--config, --split and --revision belong to a Hub data set")
-    if args.train_shards is not None and args.dataset not in READY_MADE:
-        parser.error(f"--train-shards belongs to ready-made shards: {', '.join(READY_MADE)}")
+    args.kind = kind_of_source(args)
+    for name, value in vars(args).items():
+        if value not in (None, False) and name not in OPTIONS[args.kind] | GENERAL:
+            names = ", ".join(kind for kind in OPTIONS if name in OPTIONS[kind])
+            parser.error(
+                f"--{name.replace('_', '-')} means nothing for a source of kind {args.kind}; it is "
+                f"for {names}"
+            )
+    if args.val_share is None:
+        args.val_share = 0.0005 if args.kind == "hub" else 0.05
+    if args.shard_tokens is None:
+        args.shard_tokens = 100_000_000
     if not 0 < args.shard_tokens < 2**31 or not 0 < args.val_share < 1 or args.workers < 1:
         parser.error(
             "--shard-tokens must be 1 to 2**31 - 1, --val-share between 0 and 1, "
@@ -377,6 +342,16 @@ def parse(argv):
     return args
 
 
+def kind_of_source(args):
+    if args.adopt:
+        return "adopt"
+    if args.files:
+        return "files"
+    if args.dataset in READY_MADE:
+        return "ready"
+    return "stdlib" if args.dataset in (None, "stdlib") else "hub"
+
+
 def options_of(args):
     """-> (what a data set is made from and how, the name of its folder)."""
     options = {
@@ -384,7 +359,7 @@ def options_of(args):
         "val_share": args.val_share,
         "shard_tokens": args.shard_tokens,
     }
-    if args.hub:
+    if args.kind == "hub":
         known = OPENWEBTEXT if args.dataset == "openwebtext" else (args.dataset, None, None)
         source = {
             "kind": "hub",
@@ -394,10 +369,11 @@ def options_of(args):
             "split": args.split or "train",
         }
         name = "-".join(filter(None, [args.dataset.split("/")[-1], args.config]))
-    elif args.files:
+    elif args.kind == "files":
         digest = digest_of(corpus.find_files(args.files))
         source = {"kind": "files", "files": args.files, "digest": digest}
-        name = Path(args.files[0]).expanduser().resolve().parent.name
+        first = Path(args.files[0]).expanduser().resolve()
+        name = first.name if first.is_dir() else first.parent.name
     else:
         options["tokenizer"] = args.tokenizer or "bytes"
         source = {"kind": "stdlib", "python": platform.python_version()}
@@ -420,9 +396,9 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a file name's letters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if args.adopt:
+        if args.kind == "adopt":
             adopt(args.adopt, args.tokenizer, command)
-        elif args.dataset in READY_MADE:
+        elif args.kind == "ready":
             out = args.out or Path("data") / (args.name or args.dataset.split("/")[1])
             fetch(args.dataset, out, args.train_shards, args.revision, command)
         else:

@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -291,3 +292,52 @@ def tiny(tiny_data, tmp_path):
         f"--out_dir={tmp_path}/out",
         "--compile=False",
     ]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def library(here, monkeypatch):
+    """A standard library of 120 texts, and files that do not belong to it."""
+    from prepared import TEXTS
+
+    folder = here / "library"
+    for i, text in enumerate(TEXTS[:120]):
+        file = folder / f"package_{i % 7}" / f"module_{i}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for skipped in (
+        "test/a.py",
+        "package_1/tests/a.py",
+        "site-packages/a.py",
+        "_sysconfigdata_linux.py",
+    ):
+        (folder / skipped).parent.mkdir(exist_ok=True)
+        (folder / skipped).write_text("SKIPPED")
+    (folder / "latin.py").write_bytes(b"# \xe9")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(folder))
+    return folder
+
+
+@pytest.fixture
+def gpt2_forgotten():
+    """tiktoken and get_tokenizer keep what they have loaded."""
+    import tiktoken.registry
+
+    import tokenizer
+
+    tokenizer._named_tokenizer.cache_clear()
+    tiktoken.registry.ENCODINGS.pop("gpt2", None)
+
+
+@pytest.fixture
+def gpt2_cache(tmp_path, monkeypatch, gpt2_forgotten):
+    """A copy, since tiktoken deletes files whose hash is wrong."""
+    files = ROOT.parent / "shared" / "tiktoken_cache"
+    if not files.is_dir():
+        pytest.skip(f"GPT-2's tokenizer files are not in {files}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shutil.copytree(files, tmp_path / "cache")))

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_hub import COMMIT, fake_hub
+from prepared import ROOT, content, run
 from test_data import llm_c_bytes
-from test_prepare_data import content, here, run  # noqa: F401, a fixture
 
-import prepare_data
 from data import TokenBlocks, read_meta, verify, write_shard
 from tokenizer import get_tokenizer, tokenizer_name
 
-ROOT = Path(prepare_data.__file__).parent
 ENGLISH = "It is a truth universally acknowledged, that a single man.\n" * 100
 
 
@@ -28,7 +26,7 @@ def write_nanogpt(folder, ids, meta=None):
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-def test_adopts_llm_c_s_and_nanogpt_s_shards_as_they_are(here):  # noqa: F811
+def test_adopts_llm_c_s_and_nanogpt_s_shards_as_they_are(here):
     (here / "fineweb_train_000001.bin").write_bytes(llm_c_bytes([50256, 1, 2, 50256, 3]))
     (here / "fineweb_train_000002.bin").write_bytes(llm_c_bytes([4, 5, 6, 7]))
     np.array([1, 2, 50256], np.uint16).tofile(here / "val.bin")
@@ -54,7 +52,7 @@ def test_adopts_llm_c_s_and_nanogpt_s_shards_as_they_are(here):  # noqa: F811
     run("--adopt", here, "--tokenizer", "gpt2", fails=again)
 
 
-def test_adopting_needs_both_splits(here):  # noqa: F811
+def test_adopting_needs_both_splits(here):
     write_shard(here / "train.bin", [1, 2])
     run("--adopt", here, "--tokenizer", "gpt2", fails=r"as \*val\*.bin it has none")
     write_shard(here / "val_of_train.bin", [1, 2])
@@ -71,7 +69,7 @@ def nanogpt_characters(text):
     return [stoi[c] for c in text], {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
 
 
-def test_a_character_level_set_of_nanogpt(here):  # noqa: F811
+def test_a_character_level_set_of_nanogpt(here):
     ids, meta = nanogpt_characters(ENGLISH)
     write_nanogpt(here, ids, meta)
     for tokenizer in "bytes", "gpt2":
@@ -95,7 +93,7 @@ def test_a_character_level_set_of_nanogpt(here):  # noqa: F811
         np.random.default_rng(0).integers(0, 256, 10_000).tolist(),
     ],
 )
-def test_ids_of_another_tokenizer_without_a_word_beside_them(here, tokenizer, ids):  # noqa: F811
+def test_ids_of_another_tokenizer_without_a_word_beside_them(here, tokenizer, ids):
     write_nanogpt(here, ids)
     says = "no bytes of UTF-8 text" if tokenizer == "bytes" else "no id is above 255"
     run("--adopt", here, "--tokenizer", tokenizer, fails=says)
@@ -110,7 +108,7 @@ def test_ids_of_another_tokenizer_without_a_word_beside_them(here, tokenizer, id
         "\x1b[1ma heading in bold letters, then\x1b[0m plain text\n" * 99,
     ],
 )
-def test_bytes_of_text_are_adopted(here, text):  # noqa: F811
+def test_bytes_of_text_are_adopted(here, text):
     write_nanogpt(here, [256, *text.encode()])
     run("--adopt", here, "--tokenizer", "bytes")
     assert read_meta(here)["splits"]["train"]["documents"] == 1
@@ -130,7 +128,7 @@ class Trap:
         (b"\x80", "could not be read"),
     ],
 )
-def test_a_meta_pkl_that_is_something_else(here, meta, says):  # noqa: F811
+def test_a_meta_pkl_that_is_something_else(here, meta, says):
     write_nanogpt(here, [0, 1] * 100, meta)
     run("--adopt", here, "--tokenizer", "chars", fails=says)
     assert not Path("trapped").exists()
@@ -138,7 +136,7 @@ def test_a_meta_pkl_that_is_something_else(here, meta, says):  # noqa: F811
     run("--adopt", here, "--tokenizer", "chars", fails="meta.pkl: --tokenizer chars takes")
 
 
-def test_shards_of_uint32_are_refused(here):  # noqa: F811
+def test_shards_of_uint32_are_refused(here):
     header = struct.pack("<256i", 20240801, 7, 2, *[0] * 253)
     for name in "train_0.bin", "val_0.bin":
         (here / name).write_bytes(header + struct.pack("<2I", 128_000, 5))
@@ -154,7 +152,7 @@ def test_shards_of_uint32_are_refused(here):  # noqa: F811
 # ---- from the Hub --------------------------------------------------------------------------------
 
 
-def test_fineweb_by_name(here):  # noqa: F811
+def test_fineweb_by_name(here):
     """Through the real client, from a Hub on this machine: stopped, continued, and in part."""
     name = "kjj0/fineweb10B-gpt2"
     files = {"README.md": b"", "fineweb_val_000000.bin": llm_c_bytes([50256, 300, 301])}

@@ -17,12 +17,6 @@ from corpus import Reading, find_files, read_documents, start
 from data import DataError
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read(*patterns, **options):
     """All documents, and the position after them."""
     position = start()

@@ -9,91 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fake_hub import COMMIT, fake_hub
-from test_tokenizer import gpt2_cache, gpt2_forgotten, write_json_tokenizer  # noqa: F401, fixtures
+from prepared import ROOT, TEXTS, documents, run
+from test_tokenizer import write_json_tokenizer
 
-import corpus
 import prepare_data
 from data import TokenBlocks, read_meta, read_shard, verify, write_shard
 from tokenizer import get_tokenizer
-
-ROOT = Path(__file__).parents[1]
-TEXTS = [f"document {i}:\n\nits text <|endoftext|> is\tnumber {i * i} ☃\n" for i in range(600)]
-
-# A small standard library, and a kill -9 just before the `at`-th rename.
-RUN = """
-import os, pathlib, signal, sys, sysconfig
-sys.path.insert(0, {root!r})
-import prepare_data
-real, seen = os.replace, 0
-def replace(*names):
-    global seen
-    seen += 1
-    if seen == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(*names)
-if __name__ == "__main__":
-    os.replace = replace
-    sysconfig.get_path = lambda name: {library!r}
-    prepare_data.CHUNK_CHARACTERS = 2000
-    prepare_data.main({argv!r})
-"""
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def library(here, monkeypatch):
-    folder = here / "library"
-    for i, text in enumerate(TEXTS[:120]):
-        file = folder / f"package_{i % 7}" / f"module_{i}.py"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    for skipped in (
-        "test/a.py",
-        "package_1/tests/a.py",
-        "site-packages/a.py",
-        "_sysconfigdata_linux.py",
-    ):
-        (folder / skipped).parent.mkdir(exist_ok=True)
-        (folder / skipped).write_text("SKIPPED")
-    (folder / "latin.py").write_bytes(b"# \xe9")
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(folder))
-    return folder
-
-
-def run(*argv, fails=None):
-    argv = [*map(str, argv), "--workers", "2"]
-    if fails is None:
-        return prepare_data.main(argv)
-    with pytest.raises(SystemExit, match=fails):
-        prepare_data.main(argv)
-
-
-def documents(folder, split):
-    """The documents back from the shards."""
-    meta = read_meta(folder)
-    tokens = np.concatenate(
-        [read_shard(folder / shard["file"]) for shard in meta["splits"][split]["shards"]]
-    )
-    assert tokens[0] == meta["eot_token"]  # it stands before each document
-    starts = np.flatnonzero(tokens == meta["eot_token"])
-    decode = get_tokenizer(meta["tokenizer"]).decode
-    found = [decode(part[1:].tolist()) for part in np.split(tokens, starts)[1:]]
-    described = meta["splits"][split]
-    assert (len(found), len(tokens)) == (described["documents"], described["tokens"])
-    return found
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
 
 # ---- what comes out ------------------------------------------------------------------------------
 
@@ -160,7 +83,7 @@ def test_local_files(here, kind):
     assert train == [text for text in texts if text in set(train)]
 
 
-def test_gpt2_tokens_are_encode_ordinary_s(library, gpt2_cache):  # noqa: F811
+def test_gpt2_tokens_are_encode_ordinary_s(library, gpt2_cache):
     run("--tokenizer", "gpt2", "--out", "g")
     tokens = read_shard("g/train_000000.bin", vocab_size=50257).tolist()
     train = documents(Path("g"), "train")
@@ -315,126 +238,6 @@ def test_texts_of_the_hub(here):
     assert {path.name for path in (here / "data").iterdir()} == {"texts-small", "texts-lines"}
 
 
-# ---- stopping, continuing, finding it made -------------------------------------------------------
-
-
-def in_a_process(cwd, library, at):
-    """prepare_data.py with tiny shards, killed before its `at`-th rename. -> exit status"""
-    cwd.mkdir(exist_ok=True)
-    argv = ["--shard-tokens", "700", "--workers", "2", "--val-share", "0.3"]
-    code = RUN.format(root=str(ROOT), at=at, library=str(library), argv=argv)
-    (cwd / "run.py").write_text(code)  # a file, for where workers are not forked they load it again
-    return subprocess.run(
-        [sys.executable, "run.py"], cwd=cwd, capture_output=True, timeout=60
-    ).returncode
-
-
-def test_killed_anywhere_it_ends_with_the_same_bytes(library, here):
-    assert in_a_process(here / "whole", library, at=0) == 0
-    expected = content(here / "whole/data/stdlib")
-    assert len(expected) > 8
-    for at in 1, 2, 4, 9:
-        cwd = here / f"killed_{at}"
-        assert in_a_process(cwd, library, at) == -9
-        assert "meta.json" not in content(cwd / "data/stdlib")
-        assert in_a_process(cwd, library, at=0) == 0
-        assert content(cwd / "data/stdlib") == expected
-    cwd, kills = here / "killed_often", 0
-    while in_a_process(
-        cwd, library, at=6
-    ):  # just enough for the shards of a chunk and their progress
-        kills += 1
-        assert kills < 12
-    assert kills > 1 and content(cwd / "data/stdlib") == expected
-
-
-def test_killed_workers_do_not_stay(library, here):
-    in_a_process(here / "killed", library, at=3)
-    time.sleep(0.5)
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            assert os.readlink(process / "cwd") != str(here / "killed"), (
-                process / "cmdline"
-            ).read_bytes()
-        except OSError:
-            pass  # ended meanwhile, or another user's
-
-
-def test_streaming_sources_continue_where_they_were(here, monkeypatch):
-    for i in range(2):
-        (here / f"{i}.jsonl").write_text(
-            "".join(json.dumps({"text": t}) + "\n" for t in TEXTS[i::2])
-        )
-    monkeypatch.setattr(prepare_data, "CHUNK_DOCUMENTS", 32)
-    argv = ["--files", "?.jsonl", "--tokenizer", "bytes", "--shard-tokens", "5000", "--out", "out"]
-    run(*argv)
-    expected = content(here / "out")
-    (here / "out").rename(here / "expected")
-    saves, real = [], prepare_data.save_progress
-
-    def stop(out, options, position, splits):
-        real(out, options, position, splits)
-        saves.append(position["documents"])
-        if len(saves) == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_data, "save_progress", stop)
-    run(*argv, fails="stopped; the same command continues")
-    assert 0 < saves[-1] < 600 and "progress.npz" in content(here / "out")
-    run(*argv)
-    assert content(here / "out") == expected
-
-
-def test_a_finished_data_set_is_reused_and_a_damaged_one_refused(library, capsys):
-    run()
-    path = Path("data/stdlib/train_000000.bin")
-    before = path.stat().st_mtime_ns
-    run()
-    assert "already prepared" in capsys.readouterr().out and path.stat().st_mtime_ns == before
-    path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
-    run(
-        fails="train_000000.bin: checksum .* start over: rm -rf data/stdlib; python prepare_data.py"
-    )
-
-
-def test_files_that_changed_are_another_data_set(here):
-    (here / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    argv = "--files", "a.jsonl", "--tokenizer", "bytes", "--out", "out"
-    run(*argv)
-    run(*argv)
-    with open("a.jsonl", "a") as file:
-        file.write('{"text": "one more"}\n')
-    run(*argv, fails="digest: the files are not the same ones, or were changed.*rm -rf out")
-
-
-def test_other_options_are_refused_and_named(library, monkeypatch):
-    run("--shard-tokens", 1000)
-    run(
-        "--shard-tokens",
-        2000,
-        fails="shard_tokens: 1000 there, 2000 asked.*rm -rf data/stdlib; python prepare_data.py",
-    )
-    real = prepare_data.Split.write
-
-    def fail(split):
-        real(split)
-        if len(split.shards) == 2:
-            prepare_data.save_progress(split.out, {"tokenizer": "gpt2"}, {}, [])
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_data.Split, "write", fail)
-    run("--shard-tokens", 1000, "--out", "b", fails="stopped")
-    run("--shard-tokens", 1000, "--out", "b", fails="tokenizer: gpt2 there, bytes asked")
-
-
-def test_a_first_attempt_that_wrote_nothing_binds_to_nothing(here):
-    (here / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
-    argv = ["--files", "a.jsonl", "--tokenizer", "bytes", "--out", "a"]
-    run(*argv, fails="no text in column 'text'.*--text-key, one of body")
-    run(*argv, "--text-key", "body")
-    assert verify(here / "a")
-
-
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -454,6 +257,18 @@ def test_errors_that_need_another_command(here):
     run("--out", here, fails="--adopt .* --tokenizer gpt2")
 
 
+def test_options_that_the_files_cannot_follow(here, capsys):
+    (here / "a.txt").write_text("one text, and another")
+    (here / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (here / "a.parquet").write_bytes(parquet(text=TEXTS))
+    tokenizer = "--tokenizer", "bytes"
+    run("--files", "a.txt", *tokenizer, "--text-key", "body", fails="kind .txt")
+    run("--files", "a.jsonl", *tokenizer, "--separator", "x", fails="text files.* kind .jsonl")
+    run("--files", "a.parquet", *tokenizer, "--encoding", "cp1252", fails=".parquet files say")
+    run("--files", "a.txt", *tokenizer, "--separator", "<|end|>", "--out", "out")
+    assert "the separator '<|end|>' stands in none of these files" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -466,6 +281,11 @@ def test_errors_that_need_another_command(here):
         ["--encoding", "klingon"],
         ["--encoding", "base64"],
         ["--train-shards", "2"],
+        ["--text-key", "body"],
+        ["--separator", "x"],
+        ["--files", "a.txt", "--config", "small"],
+        ["--adopt", "a", "--val-share", "0.1"],
+        ["kjj0/fineweb10B-gpt2", "--tokenizer", "bytes"],
     ],
 )
 def test_options_that_make_no_sense(argv, capsys):
@@ -475,64 +295,8 @@ def test_options_that_make_no_sense(argv, capsys):
 
 
 def test_without_a_network_it_says_so_within_seconds(here, monkeypatch):
-    monkeypatch.setenv(
-        "HTTPS_PROXY", "http://127.0.0.1:9"
-    )  # refuses, so that the test runs alike with a network
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # refuses, with a network or without
     begun = time.monotonic()
     run("openwebtext", fails="could not be reached .*offline: python prepare_data.py .*--files")
     assert time.monotonic() - begun < 6
     assert not Path("data").exists()
-
-
-def test_a_full_disk_is_survived(library):
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "
-        f"sys.path.insert(0, {str(ROOT)!r}); import prepare_data, sysconfig; "
-        f"sysconfig.get_path = lambda name: {str(library)!r}; "
-        "prepare_data.main(['--shard-tokens', '100000', '--workers', '1'])"
-    )
-    full = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (
-        full.returncode == 1
-        and "train_000000.bin: could not be written (File too large)" in full.stderr
-    )
-    assert "Traceback" not in full.stderr and set(content(Path("data/stdlib"))) == {"progress.npz"}
-
-
-def test_a_full_disk_is_survived_and_space_lets_it_go_on(small_disk, here, monkeypatch):
-    """A real one: the shards that are whole stay, the one that is not goes, and in the end nothing
-    differs."""
-    disk, grow = small_disk
-    (here / "a.jsonl").write_text("".join(json.dumps({"text": text * 40}) + "\n" for text in TEXTS))
-    monkeypatch.setattr(prepare_data, "CHUNK_DOCUMENTS", 32)
-    argv = [
-        "--files",
-        "a.jsonl",
-        "--tokenizer",
-        "bytes",
-        "--shard-tokens",
-        100_000,
-        "--val-share",
-        0.2,
-    ]
-    run(*argv, "--out", here / "whole")
-    run(
-        *argv,
-        "--out",
-        disk / "out",
-        fails="could not be written .No space left on device.*Free .* bytes and run this again",
-    )
-    left = content(disk / "out")
-    assert (
-        "progress.npz" in left and not any(name.endswith(".tmp") for name in left) and len(left) > 2
-    )
-    assert all(
-        left[name] == (here / "whole" / name).read_bytes() for name in left if name.endswith(".bin")
-    )
-    grow()
-    run(*argv, "--out", disk / "out")
-    whole, there = content(here / "whole"), content(disk / "out")
-    assert {**whole, "meta.json": 0} == {
-        **there,
-        "meta.json": 0,
-    }  # which names the command, and so --out

@@ -1,9 +1,7 @@
 import hashlib
 import json
 import os
-import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,26 +11,6 @@ from hypothesis import strategies as st
 import tokenizer
 from data import DataError
 from tokenizer import describe, describe_characters, get_tokenizer, tokenizer_name
-
-CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
-
-
-@pytest.fixture
-def gpt2_forgotten():
-    """tiktoken and get_tokenizer keep what they have loaded."""
-    import tiktoken.registry
-
-    tokenizer._named_tokenizer.cache_clear()
-    tiktoken.registry.ENCODINGS.pop("gpt2", None)
-
-
-@pytest.fixture
-def gpt2_cache(tmp_path, monkeypatch, gpt2_forgotten):
-    """A copy, since tiktoken deletes files whose hash is wrong."""
-    if not CACHE.is_dir():
-        pytest.skip(f"GPT-2's tokenizer files are not in {CACHE}")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shutil.copytree(CACHE, tmp_path / "cache")))
-
 
 # ---- by name -------------------------------------------------------------------------------------
 
