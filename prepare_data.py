@@ -359,6 +359,8 @@ def options_of(args):
         "val_share": args.val_share,
         "shard_tokens": args.shard_tokens,
     }
+    if options["tokenizer"].endswith(".json"):  # another file of this name is another tokenizer
+        options["tokenizer_file"] = tokenizer_name(describe(options["tokenizer"]))
     if args.kind == "hub":
         known = OPENWEBTEXT if args.dataset == "openwebtext" else (args.dataset, None, None)
         source = {

@@ -100,6 +100,9 @@ def test_own_tokenizers_are_kept_with_the_data(here, tokenizer):
     (here / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     run("--files", "a.jsonl", "--tokenizer", tokenizer, "--out", "out")
     if tokenizer == "mine.json":
+        write_json_tokenizer(here / tokenizer, "</s>")
+        argv = "--files", "a.jsonl", "--tokenizer", tokenizer, "--out", "out"
+        run(*argv, fails=r"tokenizer_file: mine.json \(.*\) there, mine.json \(.*\) asked")
         (here / tokenizer).unlink()
     assert sorted(documents(here / "out", "train") + documents(here / "out", "val")) == sorted(
         TEXTS
