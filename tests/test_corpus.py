@@ -239,6 +239,11 @@ def test_parquet_reads_the_text_s_column_alone(here):
     pq.write_table(pa.table({"text": ["a", None, "b"]}), here / "a.parquet")
     other = {"url": [1], "text": ["c"], "data": [{"text": "d", "n": 1}], "parts": [["x", "y"]]}
     pq.write_table(pa.table(other), here / "b.parquet")
+    ends, no_utf8 = pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")
+    other = {"text": ["fine"], "broken": pa.StringArray.from_buffers(1, ends, no_utf8)}
+    pq.write_table(pa.table(other), here / "d.parquet")
+    assert read("d.parquet")[0] == ["fine"]
+    assert "d.parquet: could not be read" in refusal("d.parquet", text_key="broken")
     pq.write_table(pa.table({"text": pa.array([b"\xff"], pa.binary())}), here / "c.parquet")
     documents, position = read("a.parquet", "b.parquet")
     assert documents == ["a", "b", "c"] and position["empty"] == 1

@@ -232,10 +232,12 @@ def read_only_disk(tmp_path):
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs takes root")
-    make_data_set(disk / "set", [range(100)])
-    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    yield disk / "set"
-    subprocess.run(["umount", "-l", disk], check=True)
+    try:
+        make_data_set(disk / "set", [range(100)])
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        yield disk / "set"
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_read_only_folder_is_read_and_writing_there_is_one_clear_line(read_only_disk):

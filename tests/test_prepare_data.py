@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, fake_hub
-from prepared import ROOT, TEXTS, documents, run
+from prepared import ROOT, TEXTS, content, documents, run
 from test_tokenizer import write_json_tokenizer
 
 import prepare_data
@@ -133,6 +133,9 @@ def test_one_file_or_few_or_separated_ones(here, capsys):
     said = capsys.readouterr().out
     assert "--separator '<|endoftext|>'" in said
     assert f"the longest is cut; from character {len(train):,} on it is for val" in said
+    (here / "marked.txt").write_text("\ufeff" + text)
+    run("--files", "marked.txt", "--tokenizer", "bytes", "--out", "marked")
+    assert content(here / "marked")["val_000000.bin"] == content(here / "one")["val_000000.bin"]
     separator = "--separator", r"\n<|endoftext|>\n"
     run("--files", "input.txt", *separator, "--tokenizer", "bytes", "--out", "many")
     many = documents(here / "many", "train"), documents(here / "many", "val")
