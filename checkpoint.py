@@ -265,12 +265,10 @@ def _how_to_get_it(state):
 
 
 def starting_point(out_dir, init_from):
-    """The checkpoint to resume from, or None to start at step 0.
+    """The checkpoint to resume from, or None to start at step 0: from scratch, or from weights.
 
-    Raises RunError where init_from cannot be had, ValueError where it is no such thing.
+    Raises RunError where init_from cannot be had.
     """
-    if init_from not in ("scratch", "resume", "auto") and not init_from.startswith("gpt2:"):
-        raise ValueError(f"init_from must be scratch, resume, auto or gpt2:FILE, not {init_from!r}")
     there = steps(out_dir)
     if there and init_from in ("resume", "auto"):
         if newest := latest(out_dir):
@@ -326,6 +324,11 @@ def check_same_run(path, state, config, model_config_now, meta):
 
     Returns what else changed: a list such as ["learning_rate: 0.001 -> 0.002"].
     """
+    if not state["optimizer"]:
+        raise RunError(
+            f"{path} was converted and holds weights alone, so there is no run to resume; begin "
+            f"one with --init_from={path} --out_dir=…"
+        )
     saved_config = model_config(path, state, type(model_config_now))
     then = _identity(state["config"], saved_config, state["tokenizer"], state["shards"])
     now = _identity(config, model_config_now, meta["tokenizer"], fingerprint(meta))

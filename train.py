@@ -6,6 +6,7 @@ Train a GPT with mixed residual streams.
     torchrun --standalone --nproc_per_node=8 train.py config/tbp.py --init_from=resume
     python train.py --out_dir=out/tbp --init_from=resume             # with the run's own knobs
     python train.py --out_dir=out/tbp --init_from=resume --eval_only=True
+    python train.py --init_from=gpt2 --learning_rate=3e-5            # from weights: pretrained.py
     python train.py --help                                           # every knob
 
 The knobs below are those of GPT-2 124M with 4 TBP streams on OpenWebText; config files and
@@ -32,9 +33,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import pretrained
 import runtime
 from configurator import configure
-from convert import load_gpt2
 from data import DataError, TokenBlocks, verify, write_atomic
 from mixers import OPTIONS, composite_gain, options_of
 from model import GPT, GPTConfig
@@ -43,7 +44,7 @@ from tokenizer import tokenizer_name
 
 # Run
 out_dir = "out"  # checkpoints, metrics.jsonl and config.json go here
-init_from = "scratch"  # scratch, resume, auto (resume if there is a run), or gpt2:FILE
+init_from = "scratch"  # scratch, resume, auto (resume if there is a run), or weights: gpt2, a path
 eval_only = False  # evaluate, print and end; nothing is written
 seed = 1337  # of weights, data order and dropout
 eval_interval = 2000  # steps between evaluations
@@ -97,6 +98,8 @@ deterministic = True  # cuda: algorithms whose result does not depend on timing;
 peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
 config = configure(globals(), arguments, extra=OPTIONS)
+if pretrained.is_gpt2(init_from):  # the knobs that nobody named follow the weights
+    config = configure(globals(), [*pretrained.knobs(init_from), *arguments], extra=OPTIONS)
 
 
 # ---- before the first step -----------------------------------------------------------------------
@@ -112,6 +115,11 @@ def check_knobs():
     for name in ("grad_clip", "weight_decay", "max_iters", "warmup_iters"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
+    if init_from not in ("scratch", "resume", "auto") and not pretrained.is_gpt2(init_from):
+        raise ValueError(
+            f"init_from must be scratch, resume, auto, {', '.join(pretrained.HUB)}, or a path of "
+            f"GPT-2's weights, and {init_from!r} is none of them"
+        )
     if not out_dir:
         raise ValueError("out_dir is empty; give the run a folder, such as --out_dir=out/tbp")
     if not 0 <= activation_memory_budget <= 1:
@@ -462,9 +470,9 @@ def main():
         state = on_all_ranks(group, checkpoint.load, start)
         resume(state, start, model, optimizer, progress, meta)
         del state  # a second copy of weights and moments
-    elif init_from.startswith("gpt2:"):
-        file = init_from.removeprefix("gpt2:")
-        load_gpt2(model, on_all_ranks(group, checkpoint.load_tensors, file))
+    elif pretrained.is_gpt2(init_from):
+        for line in on_all_ranks(group, pretrained.start_from, init_from, model, meta):
+            print0(line)
     counts = model.parameter_counts()
     print0(
         f"model: {mixer}, {n_streams} stream{'s' * (n_streams > 1)}, {counts['total']:,} "

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from convert import load_gpt2
 from generate import Decoder, generate
 from mixers import MIXERS, Mixer, n_logits
 from model import GPT, GPTConfig
@@ -236,69 +235,6 @@ def test_counts_and_flops():
     assert model.flops_per_token() - plain.flops_per_token() == 4 * (
         6 * 4 * 24 * (8 + K) + 6 * 24 * (4 + 4 + 16)
     )
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_gpt2_weights_load_without_changing_what_gpt2_computes(mixer, tokens):
-    """Against a GPT-2 written out by hand from weights under Hugging Face's names and layout."""
-    generator, C = torch.Generator().manual_seed(1), 24
-    shapes = {"wte.weight": (61, C), "wpe.weight": (32, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    for layer in range(2):
-        shapes |= {
-            f"h.{layer}.{name}": shape
-            for name, shape in {
-                "ln_1.weight": (C,),
-                "ln_1.bias": (C,),
-                "attn.c_attn.weight": (C, 3 * C),
-                "attn.c_attn.bias": (3 * C,),
-                "attn.c_proj.weight": (C, C),
-                "attn.c_proj.bias": (C,),
-                "ln_2.weight": (C,),
-                "ln_2.bias": (C,),
-                "mlp.c_fc.weight": (C, 4 * C),
-                "mlp.c_fc.bias": (4 * C,),
-                "mlp.c_proj.weight": (4 * C, C),
-                "mlp.c_proj.bias": (C,),
-            }.items()
-        }
-    w = {name: torch.randn(shape, generator=generator) / 5 for name, shape in shapes.items()}
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return x * w[name + ".weight"] + w[name + ".bias"]
-
-    def linear(x, name):
-        return x @ w[name + ".weight"] + w[name + ".bias"]
-
-    x = w["wte.weight"][tokens] + w["wpe.weight"][:16]
-    for layer in ("h.0", "h.1"):
-        q, k, v = (
-            t.view(3, 16, 2, 12).transpose(1, 2)
-            for t in linear(norm(x, layer + ".ln_1"), layer + ".attn.c_attn").split(C, -1)
-        )
-        scores = (
-            (q @ k.mT / 12**0.5)
-            .masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf)
-            .softmax(-1)
-        )
-        x = x + linear((scores @ v).transpose(1, 2).reshape(3, 16, C), layer + ".attn.c_proj")
-        h = linear(norm(x, layer + ".ln_2"), layer + ".mlp.c_fc")
-        h = 0.5 * h * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3)))
-        x = x + linear(h, layer + ".mlp.c_proj")
-    expected = norm(x, "ln_f") @ w["wte.weight"].t()
-
-    model = build(mixer, bias=True, vocab_size=64)
-    load_gpt2(model, {"transformer." + name: tensor for name, tensor in w.items()})
-    assert (model(tokens)[0][..., :61] - expected).abs().max() < 1e-4
-
-
-def test_gpt2_weights_that_do_not_fit_are_refused():
-    weights = {"wte.weight": torch.zeros(61, 32), "wpe.weight": torch.zeros(16, 32)}
-    with pytest.raises(ValueError, match=r"wte.weight has shape \(61, 24\).*\(61, 32\)"):
-        load_gpt2(build("tbp"), weights)
-    weights = {"wte.weight": torch.zeros(61, 24), "wpe.weight": torch.zeros(8, 24)}
-    with pytest.raises(ValueError, match="block_size 16 is longer than the 8 positions"):
-        load_gpt2(build("tbp"), weights)
 
 
 @pytest.mark.parametrize(

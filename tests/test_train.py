@@ -162,7 +162,7 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
         (["--block_size=5000", "--total_batch_tokens=20000"], "block_size=5000"),
         (["--eval_tokens=1"], "choose --eval_tokens of at least 64"),
         (["--init_from=resume"], "no checkpoint to resume from"),
-        (["--init_from=latest"], "must be scratch, resume, auto or gpt2:FILE, not 'latest'"),
+        (["--init_from=latest"], "must be scratch, resume, auto, gpt2"),
         (["--init_from=gpt2:nowhere.bin"], "nowhere.bin"),
         (["--device=cuda:99"], "device = cuda:99, but this torch"),
         (["--device=tpu"], "tpu"),
