@@ -332,7 +332,7 @@ def draw_gain(points, target):
         if run["folder"] and checkpoints.steps(run["folder"])
     ]
     if runs_with:
-        kept = [gain_of_run(point, seed, folder) for point, seed, folder in runs_with]
+        kept = gains_of_runs(runs_with)
         write_json(path, {"provenance": provenance(), "tokens": tokens, "runs": kept})
     elif path.exists():
         kept = json.loads(path.read_text())["runs"]
@@ -342,6 +342,19 @@ def draw_gain(points, target):
             f"with --out={target}"
         )
     plots.save(target / "gain.png", plots.gain_figure, *curves.by_depth(kept))
+
+
+def gains_of_runs(runs_with):
+    """[(point, seed, folder)] -> the runs in gain.json; says which cannot be loaded, and why."""
+    kept = []
+    for point, seed, folder in runs_with:
+        try:
+            kept.append(gain_of_run(point, seed, folder))
+        except RunError as error:
+            print(f"{curves.label(point)}, seed {seed}, is not in gain.png: {error}")
+    if not kept:
+        raise NothingToDraw("none of the checkpoints can be loaded")
+    return kept
 
 
 def gain_of_run(point, seed, folder):

@@ -74,8 +74,22 @@ def result_of_run(folder):
     if not any("val" in record for record in records):
         print(f"{folder} is left out: it has no evaluation yet")
         return []
-    own = {"arm": None, "axes": {}, "seed": knobs["seed"], "knobs": knobs, "folder": folder}
+    arm, axes = arm_of_folder(folder, knobs)
+    own = {"arm": arm, "axes": axes, "seed": knobs["seed"], "knobs": knobs, "folder": folder}
     return [own | comparison.measure(records, knobs["total_batch_tokens"], gave_up=False)]
+
+
+def arm_of_folder(folder, knobs):
+    """The arm and the axes of a run of study.py, whose folder is ARM/KNOB=VALUE/.../seedN; None and
+    none for another run."""
+    if folder.name != f"seed{knobs['seed']}":
+        return None, {}
+    axes, folder = {}, folder.parent
+    while "=" in folder.name:
+        knob = folder.name.partition("=")[0]
+        axes = {knob: knobs[knob], **axes}
+        folder = folder.parent
+    return folder.name, axes
 
 
 def name_arms(results):

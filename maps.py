@@ -135,8 +135,8 @@ def draw_streams(axes, sublayers, ink):
 
 
 def draw_shares(axes, sublayers, ink):
-    axes.set_title("How much of a read comes from one stream")
-    axes.set_ylabel("share of the largest")
+    axes.set_title("Share of the stream read most")
+    axes.set_ylabel("share of the read")
     axes.plot([s["dominant_share"] for s in sublayers], "o", color=ink, markersize=4)
     axes.set_ylim(0, 1.03)
 

@@ -373,12 +373,8 @@ def unit_of(curves, units):
 def focus(curves):
     """Limits of y that leave out the first fifth of training, where every curve falls alike."""
     start = max(curve.x[-1] for curve in curves) / 5
-    seen = [
-        number
-        for curve in curves
-        for x, low, high in zip(curve.x, curve.low, curve.high)
-        for number in (low, high)
-        if x >= start or len(curve.x) < 3
-    ]
-    margin = 0.05 * (max(seen) - min(seen)) or 0.01
-    return min(seen) - margin, max(seen) + margin
+    points = [point for curve in curves for point in zip(curve.x, curve.low, curve.high)]
+    shown = [point for point in points if point[0] >= start] or points
+    lowest, highest = min(low for _, low, _ in shown), max(high for _, _, high in shown)
+    margin = 0.05 * (highest - lowest) or 0.01
+    return lowest - margin, highest + margin

@@ -253,6 +253,23 @@ def test_arms_are_named_by_what_differs(tmp_path):
     ]
     arms = [result["arm"] for result in curves.read_results(folders)]
     assert arms == ["hc", "hc, n_streams=8", "residual", "tbp"]
+    arms = [result["arm"] for result in curves.read_results(folders[2:])]
+    assert arms == ["residual", "tbp"]  # of one stream and of four
+
+
+def test_runs_of_a_study_keep_their_arms(tmp_path):
+    """As study.py lays them out, and as it keeps them in results."""
+    knobs = {"n_streams": 8, "seed": 3}
+    write_run(tmp_path / "wide" / "n_streams=8" / "seed3", [5.0, 3.0], **knobs)
+    (result,) = curves.read_results([tmp_path])
+    assert (result["arm"], result["axes"], result["seed"]) == ("wide", {"n_streams": 8}, 3)
+    kept = {key: value for key, value in result.items() if key != "folder"}
+    path = tmp_path / "results" / "wide" / "seed3.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(kept))
+    (again,) = curves.read_results([tmp_path / "results"])
+    assert again == {**kept, "folder": None}
+    assert curves.label(curves.points_of([again])[0]) == "wide, n_streams=8"
 
 
 def test_a_sweep_of_learning_rates_is_shown_at_its_best(tmp_path, capsys):
@@ -292,6 +309,18 @@ def test_names_are_spread_apart_and_stay_near():
         order = np.argsort(wanted, kind="stable")
         assert (np.diff(np.array(places)[order]) > 0.05 - 1e-9).all()
         assert min(places) >= 0 and max(places) <= max(1, 0.05 * (count - 1)) + 1e-9
+
+
+@pytest.mark.quick
+def test_the_steep_start_is_out_of_focus():
+    def curve(x, low, high):
+        return curves.Curve("tbp", "tbp", 2, x, low, low, high)
+
+    long = curve([0, 10, 50, 100], [9.0, 3.0, 2.0, 1.0], [9.0, 4.0, 3.0, 2.0])
+    assert plots.focus([long]) == pytest.approx((0.9, 3.1))  # from x = 20 on, and 5 % around
+    begun = curve([0, 30], [9.0, 2.5], [9.0, 4.0])
+    assert plots.focus([long, begun]) == pytest.approx((0.85, 4.15))
+    assert plots.focus([curve([0], [9.0], [9.0])]) == pytest.approx((8.99, 9.01))
 
 
 def check_figure(path):
