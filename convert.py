@@ -302,7 +302,7 @@ def with_mixer(old, mixer, n_streams, options):
 
     gates = config.gates
     if not from_one:  # "auto" would follow the mixer, and so change the reads and writes
-        gates = "free" if old.blocks[0].hc_attn.free_gates else "bounded"
+        gates = old.blocks[0].hc_attn.gates
     changes = dict(mixer=mixer, n_streams=n_streams or config.n_streams, gates=gates)
     new = GPT(replace(config, **changes, options=options)).eval()
     same = {name: tensor for name, tensor in old.state_dict().items() if ".hc_" not in name}

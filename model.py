@@ -45,7 +45,7 @@ class GPTConfig:
     mixer: str = "tbp"  # a name of mixers.MIXERS
     n_streams: int = 4  # n; 1 for the residual mixer
     dynamic: bool = True  # coefficients depend on the token; False: parameters of the layer
-    gates: str = "auto"  # reads and writes: bounded, free, or auto (free for hc)
+    gates: str = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
     sees: str = "streams"  # what a, w and M depend on: all streams, or only the branch's input
     wraps: str = "sublayer"  # a hyper-connection around each sublayer, or each whole block
     mix_scale: str = "none"  # a learned factor of M: none, one a sublayer, one a stream

@@ -131,15 +131,15 @@ class HyperConnection(Coefficients):
         w = 2 sigmoid(alpha_write * z_write + b_write)
         M = mixer(alpha_mix * z_mix + b_mix)
 
-    Static (dynamic=False): phi = 0, one a, w and M for all tokens. Free gates, and an unbounded
-    mixer (hc), use tanh(z) and drop the sigmoids. At the start phi is 0, a sums to 1, w is 1 and
-    M's rows sum to 1: on equal streams the module is exactly x + F(x).
+    Static (dynamic=False): without phi, one a, w and M for all tokens. An unbounded mixer (hc) gets
+    tanh(z_mix). At the start phi is 0, a sums to 1, w is 1 and M's rows sum to 1: on equal streams
+    the module is exactly x + F(x).
 
     layer       the index of the sublayer. Stream layer % n is read most, with weight `read_start`:
                 different layers read different streams, which drives equal streams apart.
     mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T
-    gates       how a and w are bounded: "bounded" (sigmoids), "free", or "auto", which is free for
-                an unbounded mixer
+    gates       "bounded", as above; "exp": w = exp(logit), without an upper bound; "free": a and w
+                are b + alpha * tanh(z); "auto": free for an unbounded mixer, else bounded
     sees        what a, w and M depend on: all "streams", as in the papers, or only the branch's
                 "input" u: phi is n times smaller. Then this module takes the read of the *next*
                 sublayer, so that one pass over the streams does everything.
@@ -169,14 +169,15 @@ class HyperConnection(Coefficients):
         K = n_logits(mixer, n_streams)
         check_options(mixer, options)
         check_between_0_and_1(mix_start=mix_start, read_start=read_start)
-        check_choice("gates", gates, ("auto", "bounded", "free"))
+        check_choice("gates", gates, ("auto", "bounded", "exp", "free"))
         check_choice("sees", sees, ("streams", "input"))
         check_choice("mix_scale", mix_scale, ("none", "sublayer", "stream"))
         squash_mix = not find_mixer(mixer).bounded
-        free_gates = gates == "free" or gates == "auto" and squash_mix
+        if gates == "auto":
+            gates = "free" if squash_mix else "bounded"
         n_scales = {"none": 0, "sublayer": 1, "stream": n_streams}[mix_scale]
         sizes = (n_streams, n_streams, K + n_scales)  # read, write, mix
-        squashed = (free_gates, free_gates, squash_mix)
+        squashed = (gates == "free", gates == "free", squash_mix)
         n_seen = n_streams if sees == "streams" else 1
         super().__init__(sizes, squashed, n_seen, n_embd, dynamic)
 
@@ -184,7 +185,7 @@ class HyperConnection(Coefficients):
         self.read_ahead = sees == "input"
         self.favoured = (layer + self.read_ahead) % n_streams
         self.mix_start, self.read_start = mix_start, 1 / n_streams if last else read_start
-        self.free_gates, self.n_mixer_logits = free_gates, K
+        self.gates, self.n_mixer_logits = gates, K
         self.reset_parameters()
 
     def start_bias(self):
@@ -192,8 +193,8 @@ class HyperConnection(Coefficients):
         read = torch.full((n,), (1 - self.read_start) / (n - 1), dtype=torch.float64)
         read[self.favoured] = self.read_start
         write = torch.ones(n)
-        if not self.free_gates:
-            read, write = read.logit(), torch.zeros(n)  # 2 sigmoid(0) = 1
+        if self.gates != "free":
+            read, write = read.logit(), torch.zeros(n)  # 2 sigmoid(0) = exp(0) = 1
         mix = start_logits(self.mixer, n, self.mix_start, **self.options)
         scale = torch.zeros(self.sizes[2] - len(mix))  # exp(0) = 1
         return torch.cat([read, write, mix, scale])
@@ -202,8 +203,12 @@ class HyperConnection(Coefficients):
         """Planes of logits -> n planes of a, n of w, and n^2 of M row by row (none for M = I)."""
         n, K = self.n_streams, self.n_mixer_logits
         read, write, mix = planes[:n], planes[n : 2 * n], planes[2 * n :]
-        if not self.free_gates:
-            read, write = [p.sigmoid() for p in read], [2 * p.sigmoid() for p in write]
+        if self.gates != "free":
+            read = [p.sigmoid() for p in read]
+        if self.gates == "bounded":
+            write = [2 * p.sigmoid() for p in write]
+        elif self.gates == "exp":
+            write = [p.exp() for p in write]
         M = find_mixer(self.mixer).rows(mix[:K], n, **self.options)
         M = scale_rows(M, mix[K:], n)
         # A view of each, since a mixer may return one plane for two entries, and Dynamo may not.

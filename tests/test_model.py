@@ -93,6 +93,7 @@ def test_with_both_ends_learned_every_matrix_gets_a_gradient(mixer, dynamic, tok
     [
         {"stream_start": "learned", "readout": "learned"},
         {"gates": "free"},
+        {"gates": "exp"},
         {"gates": "bounded", "mix_scale": "sublayer"},
         {"mix_scale": "stream"},
         {"wraps": "block"},

@@ -38,8 +38,8 @@ def plain_logits(module, x):
 def plain_coefficients(hc, x):
     """a and w (B, T, n), M (B, T, n, n) from the streams x that the coefficients see."""
     a, w, mix = plain_logits(hc, x)
-    if not hc.free_gates:
-        a, w = a.sigmoid(), 2 * w.sigmoid()
+    if hc.gates != "free":
+        a, w = a.sigmoid(), w.exp() if hc.gates == "exp" else 2 * w.sigmoid()
     K = n_logits(hc.mixer, hc.n_streams)
     M = mixing_matrix(hc.mixer, mix[..., :K], hc.n_streams, **hc.options)
     scales = mix[..., K:].exp()  # none, one for all rows, or one a row
@@ -83,6 +83,8 @@ def assert_same_with_gradients(mine, plain, leaves):
 CASES = [
     *[(name, {}) for name in MIXING],
     ("tbp", {"gates": "free"}),
+    ("tbp", {"gates": "exp"}),
+    ("hc", {"gates": "exp"}),
     ("hc", {"gates": "bounded"}),
     ("identity", {"gates": "free"}),
     ("tbp", {"mix_scale": "sublayer"}),

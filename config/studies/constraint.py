@@ -7,10 +7,11 @@ question = (
 decision = """\
 The constraint costs something if tbp's loss minus hc's has a 95 % interval above 0 over the five
 seeds. A variant between them explains the part of the gap that it closes, if its interval against
-tbp leaves out 0: gates (hc_bounded, tbp_free, identity_free), one number a sublayer or a stream
-beside an exact M (tbp_scale, tbp_stream_scale, diagonal), sums of rows or of columns alone (rows,
-columns), signs (orthogonal). A mixer helps at all only if it is below residual_wide, which has as
-many parameters as tbp, and below residual_scalars, which costs nothing. Intervals that hold 0 are
+tbp leaves out 0: gates (hc_bounded, tbp_free, identity_free), writes without an upper bound while
+the composite gain stays 1 (tbp_exp, identity_exp), one number a sublayer or a stream beside an
+exact M (tbp_scale, tbp_stream_scale, diagonal), sums of rows or of columns alone (rows, columns),
+signs (orthogonal). A mixer helps at all only if it is below residual_wide, which has as many
+parameters as tbp, and below residual_scalars, which costs nothing. Intervals that hold 0 are
 reported with their bound, not as "the same"."""
 
 files = ["config/laptop.py"]
@@ -42,11 +43,13 @@ arms = {
     "hc_bounded": {"mixer": "hc", "gates": "bounded"},
     "tbp_free": {"mixer": "tbp", "gates": "free"},
     "tbp_scale": {"mixer": "tbp", "mix_scale": "sublayer"},
+    "tbp_exp": {"mixer": "tbp", "gates": "exp"},
     "diagonal": {"mixer": "identity", "mix_scale": "stream"},
     "rows": {"mixer": "rows"},
     "columns": {"mixer": "columns"},
     "orthogonal": {"mixer": "orthogonal"},
     "identity_free": {"mixer": "identity", "gates": "free"},
+    "identity_exp": {"mixer": "identity", "gates": "exp"},
     "tbp_stream_scale": {"mixer": "tbp", "mix_scale": "stream"},
     "residual_wide": {"mixer": "residual", "n_streams": 1, "n_mlp": _n_mlp},
     "residual_scalars": {"mixer": "residual", "n_streams": 1, "x0_scalars": True},
