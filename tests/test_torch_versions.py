@@ -6,8 +6,11 @@ if the output comes from an operation that changed nothing and returned its own 
 compare the compiled model with the eager one, and take minutes.
 """
 
+import re
+
 import pytest
 import torch
+from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 
 import charts
@@ -16,6 +19,7 @@ import passes
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from passes import mean_square
+from runtime import TESTED_TORCH
 from streams import Streams
 
 SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -182,3 +186,13 @@ def test_compiled_model_is_eager(mixer, knobs, n, dynamic, bfloat16):
     compiled.compile_regions()
     results = (loss_and_gradients(model, bfloat16) for model in (compiled, eager))
     assert_same(*results, 0.1 if bfloat16 else 1e-4)
+
+
+@pytest.mark.quick
+def test_the_versions_that_are_said_to_be_tested_are():
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    requirements = (ROOT / "requirements.txt").read_text()
+    others = re.search(r"^ +torch: (.+)$", workflow, re.MULTILINE)[1]
+    pinned = re.search(r"^torch==(.+)$", requirements, re.MULTILINE)[1]
+    versions = re.findall(r"[0-9.]+", others) + [pinned]
+    assert sorted(version.rpartition(".")[0] for version in versions) == sorted(TESTED_TORCH)
