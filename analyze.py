@@ -37,6 +37,7 @@ from measure import composite_gains, look_at, loss_changes
 from mixers import composite_gain
 from model import GPT, GPTConfig
 from runtime import RunError, pick_device, provenance
+from trained import find_checkpoint
 
 # One run
 out_dir = "out"  # of the run
@@ -68,7 +69,7 @@ def main():
 
 
 def look_at_run():
-    path = checkpoint_path(out_dir, checkpoint)
+    path = Path(find_checkpoint(out_dir, checkpoint))
     found = analysis(path, pick_device(device))
     print(table(found))
     folder = Path(out or path.parent)
@@ -80,21 +81,6 @@ def look_at_run():
 
 # --------------------------------------------------------------------------------------------------
 # One run: its checkpoint, and what is measured of it
-
-
-def checkpoint_path(folder, which):
-    """latest (the newest that is whole), best, or a path -> the path. RunError without one."""
-    if which == "best":
-        return Path(folder) / "best.pt"
-    if which != "latest":
-        return Path(which)
-    newest = checkpoints.latest(folder)
-    if newest is None:
-        raise RunError(
-            f"{folder} has no checkpoint yet; name the --out_dir of a run that has, or train one: "
-            "python train.py config/tbp.py config/laptop.py"
-        )
-    return newest
 
 
 def load_model(path, where):
@@ -359,7 +345,7 @@ def gains_of_runs(runs_with):
 
 def gain_of_run(point, seed, folder):
     """One run in gain.json: the gains by depth, as in `analysis`, of its newest checkpoint."""
-    path = checkpoint_path(folder, "latest")
+    path = find_checkpoint(folder, "latest")
     model, state = load_model(path, pick_device(device))
     sublayers, _ = look_at(model, validation_batches(state, tokens, pick_device(device)))
     gains = composite_gains(mean_matrices(sublayers))

@@ -340,12 +340,13 @@ def check_figure(path):
 
 @pytest.fixture(scope="module")
 def trained(tiny_data, tmp_path_factory):
-    """A folder with two runs of 6 steps, tbp and residual."""
+    """A folder with two runs of 6 steps: tbp, whose streams are in bfloat16, and residual."""
     from conftest import TINY
 
     out = tmp_path_factory.mktemp("runs")
-    for mixer, n in (("tbp", 4), ("residual", 1)):
+    for mixer, n, dtype in (("tbp", 4, "bfloat16"), ("residual", 1, "float32")):
         words = [f"--mixer={mixer}", f"--n_streams={n}", f"--out_dir={out / mixer}"]
+        words += [f"--dtype={dtype}", f"--stream_dtype={dtype}"]
         run("train.py", *TINY, f"--data_dir={tiny_data}", "--compile=False", *words)
     return out
 
@@ -403,7 +404,7 @@ def test_many_runs(trained, tmp_path):
         assert f"written: {tmp_path / name}.png" in output
         check_figure(tmp_path / f"{name}.png")
     kept = json.loads((tmp_path / "gain.json").read_text())["runs"]
-    assert [run["arm"] for run in kept] == ["residual", "tbp"]
+    assert [run["mixer"] for run in kept] == ["residual", "tbp"]
     assert kept[1]["forward_gain_from_first"] == pytest.approx([1] * 4, abs=1e-5)
     first = (tmp_path / "gain.png").read_bytes()
     bare = tmp_path / "bare"
@@ -431,7 +432,7 @@ def test_what_is_missing_is_said(tmp_path):
     [
         ("--tokens=0", "tokens = 0 must be at least 1"),
         ("--loss_tokens=-1", "loss_tokens = -1 at least 0"),
-        ("--out_dir=nowhere", "nowhere has no checkpoint yet"),
+        ("--out_dir=nowhere", "nowhere has no checkpoint; train one"),
         ("--runs=nowhere/*", "--runs=nowhere/*: there is no such folder"),
         ("--runs=config --figure=loss", "config: no run is there"),
         ("--runs=config --figure=lots", "figure must be all or one of loss, training, study, gain"),
