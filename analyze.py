@@ -124,7 +124,8 @@ def analysis(path, where):
       mix_spread, read_spread, write_spread   standard deviations over tokens, entry by entry
       spread          root mean square, over tokens, of the Frobenius norm of M - mean M
       from_identity, from_uniform       Frobenius norms of M - I and of M - 11^T / n
-      singular_values           of M, largest first; the second says how slowly streams mix
+      singular_values           of M, largest first. Doubly stochastic: the first is 1, and the
+                      second says how slowly streams mix
       ds_error        mixers.ds_error, the largest over the tokens
       forward_gain_from_first, backward_gain_from_first     largest absolute row sum and column
                       sum of the product of the matrices from the first sublayer to this one
@@ -186,15 +187,16 @@ def loss_change(kind, sublayer):
     return f"{number(change, '+.4f')} ± {number(error, '.4f')}"
 
 
-def second_singular_value(sublayer):
-    return number(sublayer["singular_values"][1], ".3f") if len(sublayer["mix"]) > 1 else "-"
+def two_singular_values(sublayer):
+    """The two largest of M, for the table: for a doubly stochastic M the first is 1."""
+    return " ".join(number(value, ".3f") for value in sublayer["singular_values"][:2])
 
 
 COLUMNS = [  # of the table: heading, and sublayer -> text
     ("sublayer", lambda s: s["name"]),
     ("M - I", lambda s: number(s["from_identity"], ".3f")),
     ("M - 1/n", lambda s: number(s["from_uniform"], ".3f")),
-    ("sigma 2", second_singular_value),
+    ("sigma 1, 2", two_singular_values),
     ("spread", lambda s: number(s["spread"], ".3f")),
     ("ds error", lambda s: number(s["ds_error"], ".0e")),
     ("forward", lambda s: number(s["forward_gain_from_first"], "#.3g")),
