@@ -10,6 +10,7 @@ One process without torchrun is rank 0 of 1, and every function here works for i
 
 import ctypes
 import os
+import platform
 import re
 import shlex
 import signal
@@ -115,6 +116,27 @@ def peak_memory(device):
     return largest if sys.platform == "darwin" else largest * 1024
 
 
+def describe_machine(device):
+    """What a measured number belongs to: {"processor", "threads", "torch"}, and of a GPU its name
+    ("gpu"), its "driver" and "cuda", the version that torch was built for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    found = {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+    if device.type == "cuda":
+        driver = Path("/proc/driver/nvidia/version")
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["driver"] = driver.read_text().splitlines()[0] if driver.exists() else None
+        found["cuda"] = torch.version.cuda
+    return found
+
+
 def torch_is_tested():
     """Whether the tests pass on this version of torch."""
     return ".".join(torch.__version__.split(".")[:2]) in TESTED_TORCH
@@ -218,9 +240,16 @@ def init_distributed(device):
 
     # torchrun keeps its store when it restarts the workers, with the addresses of the dead ones.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(pick_backend(device), store=store, rank=rank, world_size=world_size)
     return dist.new_group(backend="gloo")
+
+
+def pick_backend(device):
+    """nccl for GPUs. It wants one for each process of a machine: where there are fewer, gloo."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and processes <= torch.cuda.device_count():
+        return "nccl"
+    return "gloo"
 
 
 def on_all_ranks(group, work, *arguments):

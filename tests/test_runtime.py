@@ -196,3 +196,21 @@ def refuse():
 def test_help_names_what_the_scripts_share():
     for script in ("train.py", "sample.py"):
         assert "--device='auto'" in run(script, "--help")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "gpus, processes, backend", [(8, 8, "nccl"), (1, 1, "nccl"), (1, 2, "gloo")]
+)
+def test_processes_that_share_a_gpu_meet_by_gloo(gpus, processes, backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert runtime.pick_backend(torch.device("cuda", 0)) == backend
+    assert runtime.pick_backend(torch.device("cpu")) == "gloo"
+
+
+@pytest.mark.quick
+def test_a_machine_is_described():
+    found = runtime.describe_machine(torch.device("cpu"))
+    assert found["processor"] and found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads() and "gpu" not in found
