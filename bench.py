@@ -1,389 +1,448 @@
 """
-What a training step costs with each mixer: time, memory, compile time, kernels, side by side in one run.
+What a training step costs with each mixer, side by side: time, memory, compile time and kernels.
 
-    python bench.py --mixers=residual,identity,sinkhorn,permutation,kronecker,tbp,rtbp      # the README's table
-    python bench.py config/tbp.py                               # GPT-2 124M, on a GPU
-    python bench.py --mixers=tbp --fresh=False                  # only the steps' time
-    python bench.py --mixers=tbp --rounds=0 --n_layer=12        # only compile time, memory and kernels
+    python bench.py --mixers=identity,kronecker,tbp,rtbp,permutation,sinkhorn   # README's table
+    python bench.py config/tbp.py --mixers=tbp            # GPT-2 124M, on a GPU
+    python bench.py --mixers=tbp --fresh=False            # only the steps' time
+    python bench.py --mixers=tbp --rounds=0 --n_layer=12  # only compile time, memory and kernels
     python bench.py --mixers=tbp --n_layer=6 --budgets=1.0,0.5,0.0      # what memory costs in time
-    python bench.py --help                                      # every knob
+    python bench.py --sweep_streams=2,4,8,16,32           # growth with the number of streams
+    python bench.py --help                                # every knob
 
-A step is forward, backward, fused AdamW and zero_grad on one batch. The models take turns, a few steps each, and a
-mixer's ratio is the median over the rounds of (residual's seconds / its seconds) in the same round: above 1 it is faster
-than the residual model. `fastest` is the same of both models' fastest rounds, which other processes disturb least.
-`plain` is a GPT-2 without any notion of streams, written below. Config files are train.py's: the knobs that a benchmark
-has no use for, such as out_dir, are left out, and `mixers` says which mixers run.
+A step is train.py's on one batch: forward, backward, clipping, fused AdamW, zero_grad. The models
+take turns, a few steps each. A ratio is the median over the rounds of (residual's seconds / the
+mixer's seconds) in the same round: above 1 the mixer is faster than the residual model. `fastest`
+is the ratio of both models' fastest rounds, which other processes disturb least. `plain` is a GPT-2
+without any notion of streams, dev/plain_gpt2.py. `bound` is the ratio that floating-point
+operations alone would give, and `of bound` what share of it was reached.
 
-Every row's compile time, memory and kernels come from fresh processes:
+Config files are train.py's. Knobs that a benchmark has no use for, such as out_dir, are left out,
+and `mixers` says which mixers run. `out` gets every row as soon as it is measured.
+
+Compile time, memory and kernels come from fresh processes:
 compile_s           seconds of the first forward and backward, with an empty compiler cache
-compile_warm_s      the same in another process, with the cache that the first one left
-peak_memory_bytes   parameters, optimizer state, gradients and activations at the worst moment of a later step: CUDA's own
-                    figure, or the running sum of the CPU allocator's events. The compiler's memory is not in it
-kernels_forward     launches of kernels that Inductor generated (not matmuls, not attention), in the graphs that were
-kernels_backward    compiled, in which a block and the head stand once each however deep the model is
+compile_cpu_s       processor seconds of the same, without those of workers that torch keeps (CUDA)
+compile_warm_s      seconds in another process, with the cache that the first one left
+peak_memory_bytes   parameters, optimizer state, gradients and activations at the worst moment of a
+                    later step; the compiler's memory is not in it
+kernels_forward     launches of kernels that Inductor generated (not matmuls, not attention) in the
+kernels_backward    compiled graphs, in which a block and the head stand once at any depth
 recompiles          graphs compiled after the first step, which should be none
+stream_gb_s         CUDA: bytes per second of the generated kernels that touch a tensor as large as
+                    all streams (dev/costs.py); copy_gb_s is a copy's in the same process
 """
+
 import contextlib
-import itertools
 import json
-import multiprocessing
 import os
-import re
-import shlex
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # deterministic cuBLAS; read when CUDA starts
-import numpy as np
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read when CUDA starts
 import torch
 import torch._dynamo
-import torch._inductor.graph
-from torch import nn
-from torch._inductor.analysis.device_info import datasheet_tops
-from torch.nn import functional as F
 
+import runtime
 from configurator import configure
-from data import TokenBlocks, write_atomic, write_meta, write_shard
+from data import write_atomic
+from dev import costs
+from dev.plain_gpt2 import PlainGPT2
+from dev.table import print_table, shown
 from mixers import MIXERS, OPTIONS, n_logits
 from model import GPT, GPTConfig
 
 # What to measure
-mixers = "all"                      # names of mixers.MIXERS with commas between, or all; plain and residual always run
-mode = "compiled"                   # compiled or eager
-rounds = 20                         # turns of every model; 0: no timing of steps
-steps = 2                           # steps in a turn
-warmup = 3                          # steps of each model before the first round
-fresh = True                        # compile time, memory and kernels, each row in fresh processes
-out = "bench.json"                  # a list of objects, one for each row
+mixers = "all"  # names of mixers.MIXERS with commas between, or all; plain and residual always run
+mode = "compiled"  # compiled or eager
+rounds = 20  # turns of every model; 0: no timing of steps
+steps = 2  # steps in a turn
+warmup = 3  # steps of each model before the first round
+fresh = True  # compile time, memory and kernels, each row in fresh processes
+out = "bench.json"  # the rows, the knobs, the machine, and what made them
 # Model and batch
-block_size = 256                    # tokens in a sequence
-batch_size = 4                      # sequences in a step
+block_size = 256  # tokens in a sequence
+batch_size = 4  # sequences in a step
 vocab_size = 256
 n_layer = 2
 n_head = 6
-n_embd = 384                        # channels of one stream
-bias = False                        # in linear layers and layer norms
-n_streams = 4                       # parallel residual streams; the residual model has 1
-dynamic = True                      # mixing depends on the token; False: learned constants of the layer
+n_embd = 384  # channels of one stream
+n_mlp = 0  # channels inside the MLP; 0: 4 * n_embd
+bias = False  # in linear layers and layer norms
+# Streams; the plain and the residual model have one
+n_streams = 4  # parallel residual streams
+sweep_streams = ""  # instead of that number several, such as 2,4,8: rows for each
+dynamic = True  # coefficients depend on the token; False: learned constants of the layer
+gates = "auto"  # reads and writes: bounded (sigmoids), exp (writes), free, or auto (free for hc)
+sees = "streams"  # what coefficients depend on: all streams, or only the branch's input
+wraps = "sublayer"  # a hyper-connection around each sublayer, or each whole block
+mix_scale = "none"  # a learned factor of M, 1 at the start: none, one a sublayer, one a stream
+stream_start = "equal"  # streams start as equal copies, or learned: plus a vector a stream
+readout = "mean"  # what the head reads: the mean of the streams, or a learned sum
 # System
-device = "auto"                     # auto (cuda if there is one), cpu or cuda
-dtype = "auto"                      # of activations: auto (bfloat16 on cuda if it can, else float32), float32, bfloat16
-deterministic = True                # cuda: algorithms whose result does not depend on timing, as in training
-activation_memory_budget = 1.0      # of the mixers, see train.py; plain and residual keep all that the backward needs
-budgets = ""                        # instead of that one several, such as 1.0,0.5,0.0: a row for each
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # of activations: auto (bfloat16 on a GPU that can, else float32), or a torch dtype
+deterministic = True  # cuda: algorithms whose result does not depend on timing, as in training
+both_deterministic = False  # cuda: rows without such algorithms too, which tell what they cost
+activation_memory_budget = 1.0  # of the mixers, see train.py; plain and residual keep everything
+budgets = ""  # instead of that budget several, such as 1.0,0.5,0.0: rows for each
 config = configure(globals(), config_of="train.py", extra=OPTIONS)
 
-RESIDUAL, PLAIN = ("residual", 1.0), ("plain", 1.0)     # a case is a pair (mixer, activation_memory_budget)
-FRESH = ("compile_s", "compile_warm_s", "peak_memory_bytes", "peak_memory_ratio", "kernels_forward", "kernels_backward",
-         "graph_breaks", "recompiles")
-SPEED = ("step_ms", "tok_s", "ratio_to_residual", "ratio_min", "ratio_max", "ratio_fastest", "mfu", "data_wait")
+PLAIN, RESIDUAL = "plain", "residual"  # the yardsticks
+# The yardsticks have one stream, and these knobs at their defaults.
+OF_STREAMS = ("gates", "sees", "wraps", "mix_scale", "stream_start", "readout")
+
+# Titles of the table's columns, and the fields that stand there
+COLUMNS = {
+    "mixer": "mixer",
+    "n": "n_streams",
+    "budget": "activation_memory_budget",
+    "deterministic": "deterministic",
+    "params": "params",
+    "step ms": "step_ms",
+    "tok/s": "tok_s",
+    "ratio": "ratio_to_residual",
+    "min": "ratio_min",
+    "max": "ratio_max",
+    "fastest": "ratio_fastest",
+    "of plain": "ratio_to_plain",
+    "bound": "flops_bound",
+    "of bound": "share_of_bound",
+    "mfu": "mfu",
+    "compile s": "compile_s",
+    "cpu s": "compile_cpu_s",
+    "warm s": "compile_warm_s",
+    "peak bytes": "peak_memory_bytes",
+    "peak ratio": "peak_memory_ratio",
+    "kernels": "kernels_forward",
+    "backward": "kernels_backward",
+    "breaks": "graph_breaks",
+    "recompiles": "recompiles",
+    "stream GB/s": "stream_gb_s",
+    "copy GB/s": "copy_gb_s",
+}
+ONLY_IF_SEVERAL = ("budget", "deterministic", "breaks", "recompiles")
 
 
-class PlainBlock(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(n_embd, bias=bias), nn.LayerNorm(n_embd, bias=bias)
-        self.c_attn, self.c_proj = nn.Linear(n_embd, 3 * n_embd, bias=bias), nn.Linear(n_embd, n_embd, bias=bias)
-        self.c_fc, self.c_out = nn.Linear(n_embd, 4 * n_embd, bias=bias), nn.Linear(4 * n_embd, n_embd, bias=bias)
+class Case(NamedTuple):
+    """What a row is about."""
 
-    def forward(self, x):                                                                   # (B, T, C)
-        B, T, C = x.shape
-        q, k, v = self.c_attn(self.ln_1(x)).split(C, -1)
-        q, k, v = (h.view(B, T, n_head, C // n_head).transpose(1, 2) for h in (q, k, v))    # (B, H, T, C/H)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+    mixer: str
+    n_streams: int
+    activation_memory_budget: float
+    deterministic: bool
 
 
-class PlainHead(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ln_f = nn.LayerNorm(n_embd, bias=bias)
-
-    def forward(self, x, wte, targets):
-        logits = F.linear(self.ln_f(x), wte)
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def residual_of(case):
+    """The residual model that a case is compared with."""
+    return Case(RESIDUAL, 1, 1.0, case.deterministic)
 
 
-class Plain(nn.Module):
-    """GPT-2 as nanoGPT has it: the yardstick for our own residual model."""
-    compile_regions = GPT.compile_regions       # the same settings, whatever they are
+# ---- what the knobs say --------------------------------------------------------------------------
 
-    def __init__(self):
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
-        self.blocks, self.head = nn.ModuleList(PlainBlock() for _ in range(n_layer)), PlainHead()
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, 0, 0.02)
 
-    def forward(self, idx, targets):
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-        if torch.is_autocast_enabled(idx.device.type):
-            x = x.to(torch.get_autocast_dtype(idx.device.type))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x, self.wte.weight, targets)
+def check_knobs():
+    """ValueError for what nothing can be measured with."""
+    if mode not in ("compiled", "eager"):
+        raise ValueError(f"mode must be compiled or eager, not {mode!r}")
+    for name in ("steps", "warmup", "batch_size"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, not {config[name]}")
+    if rounds < 0:
+        raise ValueError(f"rounds must be at least 0, not {rounds}")
+    if not (rounds or fresh):
+        raise ValueError("with rounds = 0 and fresh = False there is nothing to measure")
+    if not os.access(Path(out).parent, os.W_OK):
+        raise ValueError(f"out = {out!r}: there is no folder {Path(out).parent} to write to")
+
+
+def numbers(name, single, kind, example):
+    """The numbers in the knob `name`, or `single` where it is empty. ValueError for other text."""
+    text = config[name]
+    try:
+        return [kind(word) for word in text.split(",")] if text else [single]
+    except ValueError:
+        raise ValueError(
+            f"{name} must be numbers with commas between, such as {example}, not {text!r}"
+        ) from None
+
+
+def chosen_mixers():
+    """The names in `mixers`, without the yardstick. ValueError for what is unknown or unused."""
+    names = list(MIXERS) if mixers == "all" else mixers.split(",")
+    for name in names:
+        if name not in MIXERS:
+            raise ValueError(
+                f"mixers = {mixers!r}: there is no mixer {name!r}; there are "
+                f"{', '.join(MIXERS)}, or all"
+            )
+    for key, option in OPTIONS.items():
+        if config[key] != option.default and not any(key in MIXERS[name].options for name in names):
+            raise ValueError(f"no mixer of {mixers!r} takes {key}; leave it at {option.default!r}")
+    return [name for name in names if name != RESIDUAL]
+
+
+def is_defined(mixer, n):
+    """Whether there is such a mixer for n streams; says so where there is not."""
+    try:
+        n_logits(mixer, n)
+        return True
+    except ValueError as error:
+        print(f"{mixer} is left out: {error}", flush=True)
+        return False
+
+
+def make_groups():
+    """Lists of cases that take turns, one for each number of streams and each budget.
+
+    Each begins with the yardsticks. ValueError where there is nothing else to measure, or a knob
+    has a value that GPTConfig refuses.
+    """
+    names = chosen_mixers()
+    levels = numbers("budgets", activation_memory_budget, float, "1.0,0.5,0.0")
+    if not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"an activation_memory_budget lies between 0 and 1; these are {levels}")
+    flags = [deterministic, not deterministic] if both_deterministic else [deterministic]
+    groups = []
+    for n in numbers("sweep_streams", n_streams, int, "2,4,8"):
+        defined = [name for name in names if is_defined(name, n)]
+        if names and not defined:
+            raise ValueError(f"none of {mixers!r} is defined for {n} streams; change --n_streams")
+        for level in levels:
+            group = [Case(name, 1, 1.0, flag) for flag in flags for name in (RESIDUAL, PLAIN)]
+            group += [Case(name, n, level, flag) for flag in flags for name in defined]
+            groups.append(group)
+            for case in group:
+                gpt_config(case)  # refuses now rather than after an hour
+    return groups
+
+
+def gpt_config(case):
+    """The GPTConfig of a case; the plain model has the sizes of the residual one."""
+    name = RESIDUAL if case.mixer == PLAIN else case.mixer
+    knobs = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+    if MIXERS[name].one_stream:
+        knobs = {key: value for key, value in knobs.items() if key not in OF_STREAMS}
+    knobs |= {"mixer": name, "n_streams": case.n_streams}
+    knobs["options"] = {key: config[key] for key in MIXERS[name].options}
+    return GPTConfig(**knobs)
+
+
+def facts(case):
+    """What a row says before anything was measured."""
+    model, yardstick = GPT(gpt_config(case)), GPT(gpt_config(residual_of(case)))
+    return {
+        **case._asdict(),
+        "dtype": str(runtime.pick_dtype(dtype, runtime.pick_device(device))),
+        "params": model.parameter_counts()["total"],
+        "flops_per_token": model.flops_per_token(),
+        "flops_bound": yardstick.flops_per_token() / model.flops_per_token(),
+    }
+
+
+# ---- a step --------------------------------------------------------------------------------------
 
 
 class Trainer:
-    """The model of a row with its optimizer and one batch."""
+    """The model of a case with its optimizer and one batch."""
 
-    def __init__(self, mixer, budget):
-        where, kind = pick_device()
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False     # costs time, and nothing here reads such memory
+    def __init__(self, case):
+        self.device = runtime.pick_device(device)
+        activations = runtime.pick_dtype(dtype, self.device)
+        self.autocast = contextlib.nullcontext()
+        if activations != torch.float32:
+            self.autocast = torch.autocast(self.device.type, activations)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=activations == torch.float16)
+        self.deterministic = case.deterministic
+        # Filling takes time, and nothing here reads memory that was not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        runtime.keep_freed_memory()
+
         torch.manual_seed(0)
-        self.autocast = torch.autocast(where.type, torch.bfloat16) if kind == "bfloat16" else contextlib.nullcontext()
-        self.model = (Plain() if mixer == "plain" else GPT(gpt_config(mixer))).to(where)
-        groups = self.model.parameters() if mixer == "plain" else self.model.parameter_groups(0.1)
+        build = PlainGPT2 if case.mixer == PLAIN else GPT
+        self.model = build(gpt_config(case)).to(self.device)
+        groups = self.model.parameters()
+        if case.mixer != PLAIN:
+            groups = self.model.parameter_groups(0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-        self.batch = torch.randint(vocab_size, (2, batch_size, block_size), device=where)      # idx and targets
+        shape = (2, batch_size, block_size)  # idx and targets
+        self.batch = torch.randint(vocab_size, shape, device=self.device)
         if mode == "compiled":
-            self.model.compile_regions(activation_memory_budget=budget)
+            self.model.compile_regions(activation_memory_budget=case.activation_memory_budget)
 
     def loss(self):
+        torch.use_deterministic_algorithms(self.deterministic)
         with self.autocast:
             return self.model(*self.batch)[1]
 
     def step(self):
-        self.loss().backward()
+        """train.py's: gradients are clipped, and an update that is not finite is skipped."""
+        loss = self.loss()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        bad = ~(loss.detach().isfinite() & norm.isfinite())
+        self.optimizer.found_inf = bad.float()
         self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-
-def main():
-    print("command: " + shlex.join(["bench.py", *sys.argv[1:]]), flush=True)
-    print("config: " + json.dumps(config), flush=True)
-    check_knobs()
-    chosen, levels = choose_mixers(), choose_budgets()
-    rows = {case: facts(*case) for case in (PLAIN, RESIDUAL, *((mixer, level) for level in levels for mixer in chosen))}
-    if fresh:
-        for case, row in rows.items():
-            row |= measure_afresh(*case)
-            figures = [f"{name} {row[name]:,.4g}" for name in FRESH if row[name] is not None]
-            print(f"{case[0]}, budget {case[1]}: " + ", ".join(figures), flush=True)
-        for row in rows.values():
-            row["peak_memory_ratio"] = row["peak_memory_bytes"] / rows[RESIDUAL]["peak_memory_bytes"]
-    if rounds:
-        data_seconds = fetch_seconds()
-        for level in levels:
-            cases = [case for case in rows if case in (RESIDUAL, PLAIN) or case[1] == level]
-            seconds = take_turns(cases)
-            for case in cases:
-                rows[case] |= speed(seconds[case], seconds[RESIDUAL], rows[case]["flops_per_token"], data_seconds)
-    print_table(list(rows.values()))            # first: what was measured is seen even where it cannot be written
-    write_atomic(out, json.dumps(list(rows.values()), indent=1).encode() + b"\n")
-    if rounds:
-        slowest = max(row["data_wait"] for row in rows.values())
-        print(f"fetching a batch takes {data_seconds * 1e3:.3f} ms: the loop waits for data at most {slowest:.2%} of the time")
-    print(f"wrote {out}")
+    def wait(self):
+        """Until the device has done all that was queued."""
+        getattr(torch, self.device.type).synchronize()
 
 
-def check_knobs():
-    if mode not in ("compiled", "eager"):
-        raise ValueError(f"mode must be compiled or eager, not {mode!r}")
-    if min(steps, warmup, batch_size) < 1:
-        raise ValueError(f"steps, warmup and batch_size must be at least 1, not {steps}, {warmup} and {batch_size}")
-    if rounds < 0:
-        raise ValueError(f"rounds must be at least 0, not {rounds}")
-    if not (rounds or fresh):
-        raise ValueError("with rounds = 0 and fresh = False there is nothing to measure; change one of them")
+# ---- compile time, memory, kernels: in fresh processes -------------------------------------------
 
 
-def choose_mixers():
-    """The names in `mixers`, without those that are not defined for n_streams. ValueError for unknown ones."""
-    names = list(MIXERS) if mixers == "all" else mixers.split(",")
-    if unknown := [name for name in names if name not in MIXERS]:
-        raise ValueError(f"mixers = {mixers!r}: there is no mixer {unknown[0]!r}; there are {', '.join(MIXERS)}, or all")
-    chosen = []
-    for name in names:
-        try:
-            n_logits(name, 1 if name == "residual" else n_streams)
-            chosen.append(name)
-        except ValueError as error:
-            print(f"{name} is left out: {error}", flush=True)
-    if not chosen:
-        raise ValueError(f"mixers = {mixers!r}: none of them is defined for n_streams = {n_streams}; change --n_streams")
-    return chosen
-
-
-def choose_budgets():
-    try:
-        levels = [float(text) for text in budgets.split(",")] if budgets else [activation_memory_budget]
-    except ValueError:
-        raise ValueError(f"budgets must be numbers with commas between, such as 1.0,0.5,0.0, not {budgets!r}") from None
-    if not all(0 <= level <= 1 for level in levels):
-        raise ValueError(f"an activation_memory_budget lies between 0 and 1; these are {levels}")
-    return levels
-
-
-def gpt_config(mixer):
-    sizes = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    options = {name: config[name] for name in MIXERS[mixer].options}
-    n = 1 if MIXERS[mixer].one_stream else n_streams
-    return GPTConfig(**sizes | {"mixer": mixer, "n_streams": n, "options": options})
-
-
-def pick_device():
-    """The device and the type of activations."""
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device = {device!r}: there are auto, cpu and, with a GPU and a torch for it, cuda; this torch is "
-                         f"{torch.__version__}. CUDA_VISIBLE_DEVICES=1 chooses the second GPU")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype must be auto, float32 or bfloat16, not {dtype!r}")
-    name = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
-    best = "bfloat16" if name == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.device(name), best if dtype == "auto" else dtype
-
-
-def synchronize():
-    if pick_device()[0].type == "cuda":
-        torch.cuda.synchronize()
-
-
-def facts(mixer, budget):
-    """What a row says before anything was measured: every knob, and what it comes to for this case."""
-    where, kind = pick_device()
-    model = GPT(gpt_config("residual" if mixer == "plain" else mixer))      # plain has the same parameters
-    return {"mixer": mixer, **config, "n_streams": model.config.n_streams, "activation_memory_budget": budget, "dtype": kind,
-            "device": torch.cuda.get_device_name() if where.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "params": model.parameter_counts()["total"], "flops_per_token": model.flops_per_token(),
-            **dict.fromkeys((*FRESH, *SPEED))}
-
-
-def measure_afresh(mixer, budget):
-    """The fields of FRESH, each from a process that has compiled nothing yet."""
-    def fresh_process(cache):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(probe, mixer, budget, cache).result()
-
+def measure_afresh(case):
+    """What fresh processes say of a case: compile time, memory, kernels."""
     with tempfile.TemporaryDirectory() as cache:
-        cold = fresh_process(cache)
+        first = costs.in_fresh_process(probe, case, cache)
         if mode == "eager":
-            return cold
-        warm = fresh_process(cache)
-    return cold | {"compile_warm_s": warm["compile_s"], "peak_memory_bytes": warm["peak_memory_bytes"]}
+            return first
+        second = costs.in_fresh_process(probe, case, cache)
+    warm = {"compile_warm_s": second["compile_s"], "peak_memory_bytes": second["peak_memory_bytes"]}
+    return first | warm
 
 
-def probe(mixer, budget, cache):
-    """Runs in a process of its own, with `cache` for the compiler's."""
-    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")          # else the profiler tells when it starts
-    programs, counters = [], torch._dynamo.utils.counters
-    torch._inductor.graph.GraphLowering.save_output_code = programs.append
-    trainer = Trainer(mixer, budget)
-    synchronize()
-    started = time.perf_counter()
-    loss = trainer.loss()
-    n_forward = len(programs)           # the backward is compiled when it first runs
-    loss.backward()
-    synchronize()
-    compile_s = time.perf_counter() - started
-    del loss
-    graphs = counters["stats"]["unique_graphs"]
+def probe(case, cache):
+    """Runs in a process that has compiled nothing yet, with `cache` for the compiler's."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, "triton")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells when it starts
+    trainer, launches, found = Trainer(case), [], {}
+    if mode == "compiled":
+        if trainer.device.type == "cuda":
+            costs.record_launches(launches)
+        found = costs.compiling(trainer.loss, trainer.wait)
+    graphs = costs.compiled_graphs()
     for _ in range(2):
         trainer.step()
-    peak = peak_memory(trainer)
-    kernels = [len(re.findall(r"^ +(?:cpp_|triton_)\w+(?:\.run)?\(", program, re.M)) for program in programs]
-    compiled = {"compile_s": compile_s, "kernels_forward": sum(kernels[:n_forward]), "kernels_backward": sum(kernels[n_forward:]),
-                "graph_breaks": sum(counters["graph_break"].values()), "recompiles": counters["stats"]["unique_graphs"] - graphs}
-    return {"peak_memory_bytes": peak} | (compiled if mode == "compiled" else {})
-
-
-def peak_memory(trainer):
-    """Bytes of tensors at the worst moment of a step."""
-    where = pick_device()[0]
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-        trainer.step()
-        return torch.cuda.max_memory_allocated(where)
+    if mode == "compiled":
+        found["recompiles"] = costs.compiled_graphs() - graphs
     moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
-    kept = sum(tensor.nbytes for tensor in (*trainer.model.parameters(), *moments, trainer.batch))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer.step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]     # a free is negative
-    return kept + max(itertools.accumulate(changes))
+    kept = (*trainer.model.parameters(), *moments, trainer.batch)
+    found["peak_memory_bytes"] = costs.peak_memory(trainer.step, kept, trainer.device)
+    if launches:
+        size = batch_size * block_size * case.n_streams * n_embd
+        found |= costs.bandwidth(trainer.step, launches, size)
+    return found
 
 
-def take_turns(cases):
-    """Seconds of a step of each case in each round: {case: [rounds]}. Compiles and warms up each of them first."""
-    torch.compiler.reset()              # a budget is no guard: the graphs of another one would be taken again
-    # All models share the code of their blocks, so without these the second would be compiled for shapes that vary,
-    # since its streams have another shape than the first's, and the ninth not at all.
+# ---- the steps' time -----------------------------------------------------------------------------
+
+
+def take_turns(group):
+    """Seconds of a step of each case in each round: {case: [rounds]}.
+
+    Compiles and warms up each of them first.
+    """
+    torch.compiler.reset()  # Dynamo would take graphs of another budget again: it is no guard
+    # All models share the code of their blocks. Without this the second would be compiled for
+    # shapes that vary, since its streams have another shape than the first's, and the ninth never.
     torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 8 * len(cases)
-    trainers, seconds = {}, {case: [] for case in cases}
-    for case in cases:
-        trainers[case] = Trainer(*case)
+    torch._dynamo.config.recompile_limit = 8 * len(group)
+    trainers, seconds = {}, {case: [] for case in group}
+    for case in group:
+        trainers[case] = Trainer(case)
         for _ in range(warmup):
             trainers[case].step()
     for _ in range(rounds):
         for case, trainer in trainers.items():
-            synchronize()
-            started = time.perf_counter()
+            trainer.wait()
+            began = time.perf_counter()
             for _ in range(steps):
                 trainer.step()
-            synchronize()
-            seconds[case].append((time.perf_counter() - started) / steps)
+            trainer.wait()
+            seconds[case].append((time.perf_counter() - began) / steps)
     return seconds
 
 
-def speed(seconds, residual, flops_per_token, data_seconds):
-    """The fields of SPEED from a step's seconds in each round, and the residual model's."""
-    where, kind = pick_device()
-    step, ratios = statistics.median(seconds), [b / a for a, b in zip(seconds, residual)]
-    tok_s = batch_size * block_size / step
-    peak_flops = (datasheet_tops(getattr(torch, kind)) or 0) * 1e12 if where.type == "cuda" else 0      # of dense matmuls
-    return {"step_ms": step * 1e3, "tok_s": tok_s, "ratio_to_residual": statistics.median(ratios), "ratio_min": min(ratios),
-            "ratio_max": max(ratios), "ratio_fastest": min(residual) / min(seconds),
-            "mfu": flops_per_token * tok_s / peak_flops if peak_flops else None,
-            "data_wait": data_seconds / step}
+def speed(case, seconds, row):
+    """What the seconds of all cases, which took turns, say of this one."""
+    own = seconds[case]
+    step, tok_s = statistics.median(own), batch_size * block_size / statistics.median(own)
+    residual, plain = residual_of(case), residual_of(case)._replace(mixer=PLAIN)
+    ratios = [theirs / ours for theirs, ours in zip(seconds[residual], own)]
+    to_plain = [theirs / ours for theirs, ours in zip(seconds[plain], own)]
+    where = runtime.pick_device(device)
+    peak = runtime.peak_flops(where)
+    if runtime.pick_dtype(dtype, where) != torch.bfloat16:
+        peak = 0.0  # the data sheet's figure is of bfloat16
+    return {
+        "step_ms": step * 1e3,
+        "step_ms_min": min(own) * 1e3,
+        "step_ms_max": max(own) * 1e3,
+        "tok_s": tok_s,
+        "mfu": row["flops_per_token"] * tok_s / peak if peak else None,
+        "ratio_to_residual": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "ratio_fastest": min(seconds[residual]) / min(own),
+        "ratio_to_plain": statistics.median(to_plain),
+        "plain_min": min(to_plain),
+        "plain_max": max(to_plain),
+        "share_of_bound": statistics.median(ratios) / row["flops_bound"],
+    }
 
 
-def fetch_seconds():
-    """Seconds that a batch takes from a shard to the device, as train.py fetches it."""
-    where, n, tokens = pick_device()[0], 200, max(2**22, 2 * batch_size * block_size)
-    with tempfile.TemporaryDirectory() as folder:
-        write_shard(os.path.join(folder, "train.bin"), np.random.default_rng(0).integers(min(vocab_size, 2**16), size=tokens))
-        write_meta(folder, {"tokenizer": "bytes", "vocab_size": vocab_size, "eot_token": 0, "source": {}, "command": "bench.py",
-                            "splits": {"train": {"tokens": tokens, "shards": [{"file": "train.bin", "tokens": tokens, "crc32": ""}]},
-                                       "val": {"tokens": 0, "shards": []}}})
-        blocks = TokenBlocks(folder, "train", block_size, pin_memory=where.type == "cuda")
-        started = time.perf_counter()
-        for step in range(n):
-            for tensor in blocks.batch(step, batch_size, 0, batch_size):
-                tensor.to(where, non_blocking=True)
-        synchronize()
-        return (time.perf_counter() - started) / n
+# ---- the report ----------------------------------------------------------------------------------
 
 
-def print_table(rows):
-    columns = {"mixer": "mixer", "n": "n_streams", "budget": "activation_memory_budget", "step ms": "step_ms", "tok/s": "tok_s",
-               "ratio": "ratio_to_residual", "min": "ratio_min", "max": "ratio_max", "fastest": "ratio_fastest", "mfu": "mfu",
-               "compile s": "compile_s", "warm s": "compile_warm_s", "peak bytes": "peak_memory_bytes",
-               "peak ratio": "peak_memory_ratio", "params": "params", "kernels": "kernels_forward", "backward": "kernels_backward",
-               "breaks": "graph_breaks", "recompiles": "recompiles"}
-    measured = {title: [row[name] for row in rows] for title, name in columns.items()}
-    table = [[title, *map(shown, values)] for title, values in measured.items() if set(values) != {None}]
-    widths = [max(map(len, column)) for column in table]
-    for line in zip(*table):
-        print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
+def write(about, rows):
+    """`about` and the rows so far, to the file `out`."""
+    report = about | {"rows": list(rows.values())}
+    write_atomic(out, json.dumps(report, indent=1).encode() + b"\n")
 
 
-def shown(value):
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else value or "-"         # text, or None: not measured
+def say(case, found):
+    """A line with what was just measured."""
+    known = {key: found[key] for key in found if key in COLUMNS.values() and found[key] is not None}
+    figures = [f"{key} {shown(value)}" for key, value in known.items()]
+    print(f"{case.mixer}, n = {case.n_streams}: " + ", ".join(figures), flush=True)
+
+
+def main():
+    provenance = runtime.provenance()
+    print("command: " + provenance["command"], flush=True)
+    print("config: " + json.dumps(config), flush=True)
+    check_knobs()
+    machine = runtime.describe_machine(runtime.pick_device(device))
+    print("machine: " + json.dumps(machine), flush=True)
+    about = {"provenance": provenance, "machine": machine, "config": config}
+
+    rows = {}
+    for group in make_groups():
+        new = [case for case in group if case not in rows]  # the yardsticks stand in every group
+        rows |= {case: facts(case) for case in new}
+        if fresh:
+            # What is compiled and kept hardly depends on `deterministic`.
+            for case in [case for case in new if case.deterministic == deterministic]:
+                found = measure_afresh(case)
+                rows[case] |= found
+                if memory := found["peak_memory_bytes"]:
+                    most = rows[residual_of(case)]["peak_memory_bytes"]
+                    rows[case]["peak_memory_ratio"] = memory / most
+                say(case, found)
+                write(about, rows)
+        if rounds:
+            seconds = take_turns(group)
+            for case in new:
+                found = speed(case, seconds, rows[case])
+                rows[case] |= found
+                say(case, found)
+            write(about, rows)
+    print_table(list(rows.values()), COLUMNS, ONLY_IF_SEVERAL)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:             # what the user can put right
+    except ValueError as error:  # what the user can put right
         sys.exit(f"{type(error).__name__}: {error}")

@@ -64,7 +64,7 @@ def run(*command, ok=True, timeout=300, **env):
 
     ok=False: it must fail, and without a traceback.
     """
-    if command[0] in ("train.py", "sample.py", "eval.py", "analyze.py"):
+    if command[0] in ("train.py", "sample.py", "eval.py", "analyze.py", "bench.py"):
         server = forks()
         with tempfile.NamedTemporaryFile("r") as file:
             print(
