@@ -51,6 +51,7 @@ class GPTConfig:
     mix_scale: str = "none"  # a learned factor of M: none, one a sublayer, one a stream
     mix_start: float = 0.01  # M starts as (1 - mix_start) I + mix_start / n
     read_start: float = 0.7  # weight of the stream that a sublayer reads most, at the start
+    embed_scale: float = 1.0  # a factor of the embedding on its way into the streams
     stream_start: str = "equal"  # equal copies, or learned: plus a vector a stream, 0 at the start
     readout: str = "mean"  # what the head reads: the mean of the streams, or a learned sum
     x0_scalars: bool = False  # residual only: each block starts from r x + s x0, r and s learned
@@ -61,6 +62,8 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.embed_scale > 0:
+            raise ValueError(f"embed_scale must be above 0, not {self.embed_scale}")
         if self.n_mlp < 0:
             raise ValueError(f"n_mlp must not be negative, as {self.n_mlp} is; 0 is 4 * n_embd")
         if self.n_embd % self.n_head:
@@ -208,7 +211,7 @@ class Embedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_streams, self.dropout = config.n_streams, config.dropout
-        self.read_ahead = config.sees == "input"
+        self.read_ahead, self.scale = config.sees == "input", config.embed_scale
         self.stream_dtype = config.stream_dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -220,7 +223,7 @@ class Embedding(nn.Module):
         """Tokens (B, T) at positions (B, T), by default 0 to T - 1 -> Streams."""
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        x = self.scale * (self.wte(idx) + self.wpe(positions))  # (B, T, C)
         x = F.dropout(x, self.dropout, self.training)
         if self.stream_dtype != "auto":
             x = x.to(getattr(torch, self.stream_dtype))

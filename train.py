@@ -72,6 +72,7 @@ sees = "streams"  # what coefficients depend on: all streams, or only the branch
 wraps = "sublayer"  # a hyper-connection around each sublayer, or each whole block
 mix_start = 0.01  # M starts as (1 - mix_start) I + mix_start / n
 read_start = 0.7  # weight of the favoured stream in a sublayer's read, at the start
+embed_scale = 1.0  # a factor of the embedding on its way into the streams
 stream_start = "equal"  # streams start as equal copies, or learned: plus a vector a stream
 readout = "mean"  # what the head reads: the mean of the streams, or a learned sum
 x0_scalars = False  # residual: each block starts from r x + s x0, with r and s learned

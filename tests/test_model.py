@@ -148,6 +148,15 @@ def test_a_block_s_two_branches_are_what_a_plain_block_adds(tokens):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("mixer", MIXING)
+def test_a_scaled_embedding_is_scaled_alike_for_every_mixer(mixer, tokens):
+    plain, scaled = build("residual"), build("residual", embed_scale=8.0)
+    torch.testing.assert_close(scaled.embed(tokens).x, 8 * plain.embed(tokens).x)
+    logits = build(mixer, embed_scale=8.0)(tokens)[0]
+    assert (logits - scaled(tokens)[0]).abs().max() < 1e-5
+
+
+@pytest.mark.quick
 def test_x0_scalars_start_as_the_plain_gpt_and_do_what_they_say(tokens):
     plain, model = build("residual", n_layer=1), build("residual", n_layer=1, x0_scalars=True)
     assert torch.equal(model(tokens)[0], plain(tokens)[0])
@@ -248,6 +257,7 @@ def test_counts_and_flops():
         (dict(dropout=1.0), "dropout must be in"),
         (dict(mixer="permutation", n_streams=9), "9! logits"),
         (dict(mix_start=0.0), "mix_start must lie between 0 and 1, not 0.0"),
+        (dict(embed_scale=0.0), "embed_scale must be above 0, not 0.0"),
         (dict(sees="input"), "readout must be 'learned', not 'mean'"),
         (dict(sees="u"), "sees must be one of streams, input, not 'u'"),
         (dict(wraps="model"), "wraps must be one of sublayer, block, not 'model'"),

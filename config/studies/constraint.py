@@ -12,7 +12,11 @@ the composite gain stays 1 (tbp_exp, identity_exp), one number a sublayer or a s
 exact M (tbp_scale, tbp_stream_scale, diagonal), sums of rows or of columns alone (rows, columns),
 signs (orthogonal). A mixer helps at all only if it is below residual_wide, which has as many
 parameters as tbp, and below residual_scalars, which costs nothing. Intervals that hold 0 are
-reported with their bound, not as "the same"."""
+reported with their bound, not as "the same".
+Added after seed 1 of residual, residual_scalars, tbp and hc: hc's first two matrices do little but
+scale the embedding up, and the others can be replaced by I. So the embedding times sqrt(C) = 8
+(residual_embed, tbp_embed, hc_embed): the free M is worth no more than that factor if the interval
+of hc_embed minus tbp_embed lies below half of the gap between tbp and hc."""
 
 files = ["config/laptop.py"]
 knobs = {
@@ -40,6 +44,9 @@ arms = {
     "hc": {"mixer": "hc"},
     "tbp": {"mixer": "tbp"},
     "identity": {"mixer": "identity"},
+    "residual_embed": {"mixer": "residual", "n_streams": 1, "embed_scale": 8.0},
+    "hc_embed": {"mixer": "hc", "embed_scale": 8.0},
+    "tbp_embed": {"mixer": "tbp", "embed_scale": 8.0},
     "hc_bounded": {"mixer": "hc", "gates": "bounded"},
     "tbp_free": {"mixer": "tbp", "gates": "free"},
     "tbp_scale": {"mixer": "tbp", "mix_scale": "sublayer"},
