@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from configurator import configure
 
+pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = '''"""Train a toy.
 
@@ -372,6 +373,44 @@ optimizer
   --seed=1337
 """
     )
+
+
+class Option:
+    """An option as mixers.py declares it, as far as configure looks."""
+
+    def __init__(self, default, comment):
+        self.default, self.comment = default, comment
+
+
+EXTRA = {"rounds": Option(20, "normalisations"), "sharpness": Option(1.5, "of the softmax")}
+
+
+def test_extra_knobs_are_knobs_like_the_rest(toy, capsys):
+    def call(*argv):
+        toy()
+        return configure(toy.namespace, list(argv), extra=EXTRA)
+
+    assert exactly(call()) == exactly(DEFAULTS | {"rounds": 20, "sharpness": 1.5})
+    path = toy.config("sharpness = rounds / 4")
+    assert exactly(call("--rounds=3", path)) == exactly(DEFAULTS | {"rounds": 3, "sharpness": 0.75})
+    assert toy.namespace["rounds"] == 3 and toy.namespace["sharpness"] == 0.75
+    for argv, said in [
+        (["--rounds=x"], "rounds = 'x' is of type str, wanted int\n    rounds: normalisations"),
+        (["--round=3"], "did you mean --rounds?"),
+        ([toy.config("rounds = 2.5", "b.py")], "b.py:1: rounds = 2.5 is of type float, wanted int"),
+    ]:
+        with pytest.raises(SystemExit):
+            call(*argv)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call("--help")
+    assert capsys.readouterr().out.endswith("""
+  --seed=1337
+
+Options of the mixers
+  --rounds=20             normalisations
+  --sharpness=1.5         of the softmax
+""")
 
 
 def test_as_a_script(tmp_path):
