@@ -8,6 +8,7 @@ The machine that a script runs on: device, dtype, peak flops and memory, process
 One process without torchrun is rank 0 of 1, and every function here works for it as well.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -137,6 +138,23 @@ def describe_machine(device):
     return found
 
 
+def keep_freed_memory():
+    """On a CPU, have glibc keep freed memory for the next step, as CUDA's allocator does.
+
+    Otherwise glibc gives large blocks back to the system, and the page faults of taking them
+    again are up to a third of what the streams cost. Without glibc nothing happens.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    # An older glibc refuses 1 GiB; 32 MiB is the most that it takes.
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+# ---- is this torch fit to compile? ---------------------------------------------------------------
+
+
 def torch_is_tested():
     """Whether the tests pass on this version of torch."""
     return ".".join(torch.__version__.split(".")[:2]) in TESTED_TORCH
@@ -158,18 +176,44 @@ def differences(wanted, found, tolerance):
     return sorted(wrong, key=off.get, reverse=True)
 
 
-def keep_freed_memory():
-    """On a CPU, have glibc keep freed memory for the next step, as CUDA's allocator does.
+@contextlib.contextmanager
+def compiler_on_trial(model, sample, autocast):
+    """Around the statement that compiles a model; on a torch that the tests do not know, both the
+    loss and the gradients of the compiled model must be those of the eager one.
 
-    Otherwise glibc gives large blocks back to the system, and the page faults of taking them
-    again are up to a third of what the streams cost. Without glibc nothing happens.
+    sample: the model's arguments, here one sequence and its targets. autocast: the context in which
+    the model computes. Raises RunError where they differ; it names the parameter that is worst.
     """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if torch_is_tested():
+        yield
         return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    # An older glibc refuses 1 GiB; 32 MiB is the most that it takes.
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
-    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    wanted = loss_and_gradients(model, sample, autocast)
+    yield
+    found = loss_and_gradients(model, sample, autocast)
+    exact = isinstance(autocast, contextlib.nullcontext)
+    wrong = differences(wanted, found, tolerance=1e-3 if exact else 0.2)
+    if wrong:
+        raise RunError(
+            f"torch {torch.__version__} compiles this model wrongly: {wrong[0]} (and "
+            f"{len(wrong) - 1} more) is not what the eager model computes. Use --compile=False, or "
+            f"a torch that the tests know: {', '.join(TESTED_TORCH)}"
+        )
+    print0(f"torch {torch.__version__} is untested; compiled gradients are the eager ones")
+
+
+def loss_and_gradients(model, sample, autocast):
+    """{name: tensor} of the loss and of each parameter's gradient, without dropout."""
+    model.eval()
+    with autocast:
+        loss = model(*sample)[1]
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        # Without a gradient at all the optimizer would leave it as it is, as with zeros.
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    model.zero_grad(set_to_none=True)
+    model.train()
+    return found
 
 
 # ---- where a result comes from -------------------------------------------------------------------

@@ -39,6 +39,7 @@ from configurator import configure
 from data import DataError, TokenBlocks, verify, write_atomic
 from mixers import OPTIONS, composite_gain, options_of
 from model import GPT, GPTConfig
+from progress import Clock, Tally, log_line, measure
 from runtime import RunError, on_all_ranks, on_rank_0, print0
 from tokenizer import tokenizer_name
 
@@ -210,43 +211,13 @@ def resume(state, path, model, optimizer, progress, meta):
 
 
 def compile_model(model, val_blocks, autocast, device):
-    """Compile the model in place.
-
-    On a torch that the tests do not know, the compiled model must first have the eager one's loss
-    and gradients on one sequence. Raises RunError where it has not.
-    """
+    """Compile the model in place. Raises RunError where a torch that the tests do not know does
+    it wrongly."""
     # Else Dynamo splits graphs at DDP's buckets; communication overlaps from block to block.
     torch._dynamo.config.optimize_ddp = False
     sample = to_device(val_blocks.in_order(0, 1), device)
-    wanted = None if runtime.torch_is_tested() else loss_and_gradients(model, sample, autocast)
-    model.compile_regions(activation_memory_budget=activation_memory_budget)
-    if wanted is None:
-        return
-    found = loss_and_gradients(model, sample, autocast)
-    exact = isinstance(autocast, contextlib.nullcontext)
-    wrong = runtime.differences(wanted, found, tolerance=1e-3 if exact else 0.2)
-    if wrong:
-        raise RunError(
-            f"torch {torch.__version__} compiles this model wrongly: {wrong[0]} (and "
-            f"{len(wrong) - 1} more) is not what the eager model computes. Use --compile=False, or "
-            f"a torch that the tests know: {', '.join(runtime.TESTED_TORCH)}"
-        )
-    print0(f"torch {torch.__version__} is untested; compiled gradients are the eager ones")
-
-
-def loss_and_gradients(model, sample, autocast):
-    """{name: tensor} of the loss and of each parameter's gradient, without dropout."""
-    model.eval()
-    with autocast:
-        loss = model(*sample)[1]
-    loss.backward()
-    found = {"loss": loss.detach()}
-    for name, parameter in model.named_parameters():
-        # Without a gradient at all the optimizer would leave it as it is, as with zeros.
-        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    model.zero_grad(set_to_none=True)
-    model.train()
-    return found
+    with runtime.compiler_on_trial(model, sample, autocast):
+        model.compile_regions(activation_memory_budget=activation_memory_budget)
 
 
 def open_metrics(step, provenance):
@@ -314,102 +285,6 @@ def save(progress, tally, scaler, model, optimizer, about, best=False):
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= vars(progress) | about
     checkpoint.save(out_dir, state, keep=keep_checkpoints, best=best)
-
-
-class Tally:
-    """Counts kept on the device, for reading a number makes the host wait.
-
-    bad_in_a_row    steps in a row, up to now, whose loss or gradient was not finite
-    worst           the most in a row
-    skipped         steps that were not finite; their updates were skipped
-    clipped         steps whose gradient was clipped
-    norm_max        the largest norm of a finite gradient
-
-    All but the first are of the steps since `reset`.
-    """
-
-    def __init__(self, counts, device):
-        """counts: what `read` returned."""
-        (
-            self.bad_in_a_row,
-            self.worst,
-            self.skipped,
-            self.clipped,
-            self.norm_max,
-        ) = torch.tensor(counts, device=device)
-
-    def add(self, bad, norm):
-        """A step: whether its loss or gradient is not finite, and the gradient's norm."""
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-        self.worst = torch.maximum(self.worst, self.bad_in_a_row)
-        self.skipped = self.skipped + bad
-        self.clipped = self.clipped + (~bad & (norm > (grad_clip or math.inf)))
-        self.norm_max = torch.where(bad, self.norm_max, torch.maximum(self.norm_max, norm))
-
-    def read(self):
-        counts = [self.bad_in_a_row, self.worst, self.skipped, self.clipped, self.norm_max]
-        return torch.stack(counts).tolist()
-
-    def reset(self):
-        zeros = torch.zeros(4, device=self.worst.device)
-        self.worst, self.skipped, self.clipped, self.norm_max = zeros
-
-
-class Clock:
-    """Seconds since `restart`, and how many of them the loop waited for data."""
-
-    def __init__(self, step):
-        self.restart(step)
-
-    def restart(self, step):
-        self.step, self.began, self.waited = step, time.time(), 0.0
-
-    def seconds_per_step(self, step):
-        return (time.time() - self.began) / (step - self.step)
-
-
-def log(progress, tally, clock, loss, norm, lr):
-    """-> a line of metrics, as a dict; it is of all steps since the line before."""
-    loss, norm = torch.stack([loss, norm]).tolist()
-    bad_in_a_row, _, skipped, clipped, norm_max = tally.read()
-    steps = progress.step - progress.logged_step
-    return {
-        "step": progress.step,
-        "loss": loss,
-        "norm": norm,
-        "norm_max": norm_max,
-        "lr": lr,
-        "clipped": clipped / steps,
-        "skipped": int(skipped),
-        "bad": int(bad_in_a_row),
-        "ms": clock.seconds_per_step(progress.step) * 1e3,
-        "data_ms": clock.waited / (progress.step - clock.step) * 1e3,
-    }
-
-
-def log_line(line, flops_per_step, peak, seconds_left):
-    """The same as text, with tokens per second, MFU and the time left where they are known."""
-    seconds = line["ms"] / 1e3
-    text = (
-        f"step {line['step']}/{max_iters} | loss {line['loss']:.4f} | norm {line['norm']:.3f} | "
-        f"lr {line['lr']:.2e} | {line['ms']:.0f} ms | {total_batch_tokens / seconds:,.0f} tok/s"
-    )
-    if peak:
-        text += f" | mfu {flops_per_step / seconds / peak:.1%}"
-    if seconds_left:
-        text += f" | {duration(seconds_left)} left"
-    if line["skipped"]:
-        text += f" | {line['skipped']} not finite, skipped ({line['bad']} in a row)"
-    return text
-
-
-def duration(seconds):
-    """3725.0 -> "1h 2m": the two largest units."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    units = ((days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s"))
-    return " ".join([f"{count}{unit}" for count, unit in units if count][:2]) or "0s"
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -515,6 +390,7 @@ def main():
     clock, whole_run = Clock(first_step), Clock(first_step)
     flops_per_step = model.flops_per_token() * total_batch_tokens
     peak = (peak_flops or runtime.peak_flops(device)) * world_size
+    ideal_ms = flops_per_step / peak * 1e3 if peak else 0.0
     batches = micro_batches(train_blocks, first_step, sequences, device)
     batch = next(batches)
     if compile and first_step < max_iters:
@@ -570,7 +446,7 @@ def main():
         optimizer.step()
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        tally.add(bad, norm)
+        tally.add(bad, norm, grad_clip or math.inf)
         progress.step += 1
 
         # Log, stop
@@ -580,11 +456,11 @@ def main():
             print0(f"the first step, compiling included, took {seconds:.1f} s")
             whole_run.restart(progress.step)
         if progress.step % log_interval == 0 or progress.step == 1:
-            line = log(progress, tally, clock, loss, norm, lr)
+            line = measure(progress.step, progress.logged_step, tally, clock, loss, norm, lr)
             left = 0.0
             if progress.step > whole_run.step:
                 left = whole_run.seconds_per_step(progress.step) * (max_iters - progress.step)
-            print0(log_line(line, flops_per_step, peak, left))
+            print0(log_line(line, max_iters, total_batch_tokens, ideal_ms, left))
             if rank == 0:
                 metrics.write(**line)
             if tally.worst >= max_bad_steps:

@@ -27,7 +27,8 @@ def names(folder):
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
     for step, best in ((1, True), (2, True), (3, False), (4, False), (5, False)):
-        checkpoint.save(tmp_path, state(step), keep=2, best=best)
+        path = checkpoint.save(tmp_path, state(step), keep=2, best=best)
+        assert (tmp_path / "best.pt").samefile(path) == best, "one file, not two, on the disk"
     assert names(tmp_path) == ["best.pt", "ckpt_0000004.pt", "ckpt_0000005.pt"]
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
     assert checkpoint.load(checkpoint.latest(tmp_path))["step"] == 5

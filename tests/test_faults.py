@@ -184,6 +184,24 @@ torch.optim.AdamW.step = step_and_stop"""
     assert records(tmp_path / "out") == records(tmp_path / "reference")
 
 
+def test_an_evaluation_that_a_stop_forestalled_can_be_the_best(tiny, tmp_path):
+    """A run stopped at step 4 evaluates it first when it is resumed, and it was the best."""
+    stop = """
+step = torch.optim.AdamW.step
+def step_and_stop(self):
+    if next(calls) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self)
+torch.optim.AdamW.step = step_and_stop"""
+    tiny += ["--checkpoint_interval=100", "--warmup_iters=0"]
+    assert "stopped at step 4" in run_with(stop, *tiny)
+    assert [line["step"] for line in records(tmp_path / "out") if "val" in line] == [0]
+    run(*tiny, "--max_iters=8", "--learning_rate=1.0", "--min_lr=1.0", "--init_from=resume")
+    vals = {line["step"]: line["val"] for line in records(tmp_path / "out") if "val" in line}
+    assert sorted(vals) == [0, 4, 8] and min(vals, key=vals.get) == 4
+    assert load(tmp_path / "out" / "best.pt")["step"] == 4
+
+
 def by_hand(rank, port):
     return {
         "RANK": str(rank),

@@ -376,12 +376,14 @@ def test_evaluates_again_at_the_last_step_with_other_tokens(tiny, tmp_path):
 def test_the_best_is_the_one_with_the_lowest_loss(tiny, tmp_path):
     tiny += ["--eval_interval=2", "--warmup_iters=0"]
     run(*tiny, "--max_iters=6")
-    run(*tiny, "--max_iters=10", "--learning_rate=1.0", "--min_lr=1.0", "--init_from=resume")
+    worse = ["--learning_rate=1.0", "--min_lr=1.0", "--checkpoint_interval=100"]
+    run(*tiny, "--max_iters=10", *worse, "--init_from=resume")
     vals = {line["step"]: line["val"] for line in records(tmp_path / "out") if "val" in line}
     best = min(vals, key=vals.get)
     assert 0 < best < 10, "choose rates with which it gets better and then worse"
     state = load(tmp_path / "out" / "best.pt")
     assert state["step"] == best and state["best_val"] == vals[best]
+    assert (tmp_path / "out" / "ckpt_0000010.pt").exists(), "the end is not kept"
 
 
 def test_eval_only_evaluates_and_writes_nothing(tiny, tmp_path):

@@ -1,0 +1,108 @@
+"""
+What a run tells of itself while it goes: counts, a clock, and the lines of its log.
+
+    tally, clock = Tally([0.0] * 5, device), Clock(step)
+    tally.add(bad, norm, grad_clip)             # every step; the host does not wait
+    line = measure(step, logged_step, tally, clock, loss, norm, lr)     # here it does
+    print(log_line(line, max_iters, tokens_per_step))
+"""
+
+import time
+
+import torch
+
+
+class Tally:
+    """Counts kept on the device, for reading a number makes the host wait.
+
+    bad_in_a_row    steps in a row, up to now, whose loss or gradient was not finite
+    worst           the most in a row
+    skipped         steps that were not finite; their updates were skipped
+    clipped         steps whose gradient was clipped
+    norm_max        the largest norm of a finite gradient
+
+    All but the first are of the steps since `reset`.
+    """
+
+    def __init__(self, counts, device):
+        """counts: what `read` returned."""
+        (
+            self.bad_in_a_row,
+            self.worst,
+            self.skipped,
+            self.clipped,
+            self.norm_max,
+        ) = torch.tensor(counts, device=device)
+
+    def add(self, bad, norm, limit):
+        """A step: whether its loss or gradient is not finite, its gradient's norm, and the norm
+        above which it was clipped."""
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        self.worst = torch.maximum(self.worst, self.bad_in_a_row)
+        self.skipped = self.skipped + bad
+        self.clipped = self.clipped + (~bad & (norm > limit))
+        self.norm_max = torch.where(bad, self.norm_max, torch.maximum(self.norm_max, norm))
+
+    def read(self):
+        counts = [self.bad_in_a_row, self.worst, self.skipped, self.clipped, self.norm_max]
+        return torch.stack(counts).tolist()
+
+    def reset(self):
+        zeros = torch.zeros(4, device=self.worst.device)
+        self.worst, self.skipped, self.clipped, self.norm_max = zeros
+
+
+class Clock:
+    """Seconds since `restart`, and how many of them the loop waited for data."""
+
+    def __init__(self, step):
+        self.restart(step)
+
+    def restart(self, step):
+        self.step, self.began, self.waited = step, time.time(), 0.0
+
+    def seconds_per_step(self, step):
+        return (time.time() - self.began) / (step - self.step)
+
+
+def measure(step, logged_step, tally, clock, loss, norm, lr):
+    """-> a line of metrics, as a dict. It is of all steps since the line of logged_step."""
+    loss, norm = torch.stack([loss, norm]).tolist()
+    bad_in_a_row, _, skipped, clipped, norm_max = tally.read()
+    return {
+        "step": step,
+        "loss": loss,
+        "norm": norm,
+        "norm_max": norm_max,
+        "lr": lr,
+        "clipped": clipped / (step - logged_step),
+        "skipped": int(skipped),
+        "bad": int(bad_in_a_row),
+        "ms": clock.seconds_per_step(step) * 1e3,
+        "data_ms": clock.waited / (step - clock.step) * 1e3,
+    }
+
+
+def log_line(line, max_iters, tokens_per_step, ideal_ms=0.0, seconds_left=0.0):
+    """A line of metrics as text. ideal_ms: of a step at the devices' peak flops; 0 is unknown."""
+    tokens_per_second = tokens_per_step / line["ms"] * 1e3
+    text = (
+        f"step {line['step']}/{max_iters} | loss {line['loss']:.4f} | norm {line['norm']:.3f} | "
+        f"lr {line['lr']:.2e} | {line['ms']:.0f} ms | {tokens_per_second:,.0f} tok/s"
+    )
+    if ideal_ms:
+        text += f" | mfu {ideal_ms / line['ms']:.1%}"
+    if seconds_left:
+        text += f" | {duration(seconds_left)} left"
+    if line["skipped"]:
+        text += f" | {line['skipped']} not finite, skipped ({line['bad']} in a row)"
+    return text
+
+
+def duration(seconds):
+    """3725.0 -> "1h 2m": the two largest units."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = ((days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s"))
+    return " ".join([f"{count}{unit}" for count, unit in units if count][:2]) or "0s"
