@@ -1,6 +1,6 @@
 """English prose for studies, from two Debian packages: novels by Jane Austen, and An Anarchist FAQ.
 
-    apt-get download anarchism=15.3-3 r-cran-janeaustenr=1.0.0-1        # Debian 12 and 13
+    apt-get download anarchism=15.3-3 r-cran-janeaustenr=1.0.0-1  # of Debian 12
     for package in anarchism_*.deb r-cran-janeaustenr_*.deb; do dpkg -x $package unpacked; done
     python dev/english.py unpacked data/english.jsonl
     python prepare_data.py --files data/english.jsonl --tokenizer bytes --name english
