@@ -101,7 +101,9 @@ def _check_kinds(paths):
             f"({len(unknown)} of {len(paths)} files are of such kinds); name only files of kind "
             f"{', '.join(READERS)}, plain or compressed ({', '.join(OPENERS)})"
         )
-    if any(path.endswith(".zst") for path in paths) and not importlib.util.find_spec("zstandard"):
+    if any(path.lower().endswith(".zst") for path in paths) and not importlib.util.find_spec(
+        "zstandard"
+    ):
         raise DataError("reading .zst takes one package more: pip install zstandard")
 
 
@@ -291,10 +293,12 @@ def _problem(text, encoding):
     if bad:
         before = text[: bad.start()].encode(encoding, "surrogatepass")
         byte = ord(bad[0]) - 0xDC00
-        remedy = (
-            "if it is Windows' or Latin-1: --encoding cp1252, or, for this file alone, "
-            "iconv -f CP1252 -t UTF-8"
-        )
+        remedy = "pass the --encoding that this file has"
+        if encoding == "utf-8":
+            remedy = (
+                "if it is Windows' or Latin-1: --encoding cp1252, or, for this file alone, "
+                "iconv -f CP1252 -t UTF-8"
+            )
         if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
             remedy = "it looks like UTF-16: --encoding utf-16"
         return Unusable(
@@ -403,7 +407,7 @@ def _text_columns(row, prefix=""):
     return names
 
 
-TEXT_KINDS = {".txt", ".md", ".py"}
+TEXT_KINDS = (".txt", ".md", ".py")
 READERS = {
     **dict.fromkeys(TEXT_KINDS, read_text),
     ".jsonl": read_json_lines,

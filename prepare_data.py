@@ -208,7 +208,7 @@ def refuse_idle_options(files, options):
     shown = ", ".join(sorted(kinds))
     if options.get("separator") and kinds.isdisjoint(corpus.TEXT_KINDS):
         raise DataError(f"--separator is for text files; in those of kind {shown} a row is a text")
-    if options.get("text_key", "text") != "text" and kinds <= corpus.TEXT_KINDS:
+    if options.get("text_key", "text") != "text" and kinds <= set(corpus.TEXT_KINDS):
         raise DataError(f"--text-key is for files with columns; those here are of kind {shown}")
     if options.get("encoding") and kinds == {".parquet"}:
         raise DataError("--encoding is for text and JSON files; .parquet files say theirs")
@@ -275,7 +275,8 @@ def finish(out, options, command, splits, description, position):
     train, val = splits
     print(
         f"{out}: {train.tokens:,} tokens in {train.documents:,} documents to train on, "
-        f"{val.tokens:,} in {val.documents:,} to validate; {tokenizer_name(description)} tokens"
+        f"{val.tokens:,} in {val.documents:,} to validate; {tokenizer_name(description)} tokens "
+        f"from {position['file']:,} files"
     )
     if options.get("separator") and position["documents"] <= position["file"]:
         print(f"note: the separator {options['separator']!r} stands in none of these files")
