@@ -77,6 +77,20 @@ def find_files(patterns):
     return unique
 
 
+def read_whole(path):
+    """-> the text of one UTF-8 file, without a byte-order mark. Raises DataError."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{path}: could not be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte 0x{error.object[error.start]:02x} at position {error.start:,} is no "
+            f"UTF-8; convert the file: iconv -f CP1252 -t UTF-8, or -f UTF-16"
+        ) from error
+
+
 def _files_below(path):
     if not os.path.isdir(path):
         return [path] if os.path.isfile(path) else []

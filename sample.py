@@ -5,6 +5,7 @@ Text from a checkpoint; the tokenizer is the one that the checkpoint was trained
     python sample.py --out_dir=out/laptop-tbp --start="def main():" --stream=True
     python sample.py --checkpoint=out/tbp/best.pt --start=FILE:prompt.txt --top_k=0 --top_p=0.95
     python sample.py --out_dir=out/tbp --prompts=prompts.jsonl --out=completions.jsonl
+    python sample.py --init_from=gpt2 --start="The residual stream"
 
 A sample depends on its prompt, the seed and its number, and not on what is written beside it: a
 prompt in a file gives the same samples as the same prompt given by --start.
@@ -22,6 +23,7 @@ import time
 import torch
 
 from configurator import configure
+from corpus import read_whole
 from generate import Decoder, cast_weights, generate
 from runtime import RunError, pick_device
 from tokenizer import END_OF_TEXT, clean
@@ -30,6 +32,7 @@ from trained import activation_dtype, open_trained
 # The model
 out_dir = "out"  # of the run
 checkpoint = "latest"  # latest, best, or a path
+init_from = ""  # instead of a run GPT-2's weights: gpt2, gpt2-medium, …, a folder or a file
 # The prompts
 start = ""  # the prompt, or FILE:path; empty: the beginning of a document
 prompts = ""  # a file of many prompts instead
@@ -76,27 +79,12 @@ def read_rows():
     """-> a list of {"prompt": text, ...}. Raises ValueError."""
     if not prompts:
         is_file = start.startswith("FILE:")
-        text = read_text("start", start.removeprefix("FILE:")) if is_file else start
+        text = read_whole(start.removeprefix("FILE:")) if is_file else start
         return [{"prompt": clean(text)}]
-    lines = read_text("prompts", prompts).removesuffix("\n").split("\n")
+    lines = read_whole(prompts).removesuffix("\n").split("\n")
     if not prompts.endswith(".jsonl"):
         return [{"prompt": clean(line)} for line in lines]
     return [read_json(line, number) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def read_text(knob, path):
-    """The text of a file, without a byte-order mark. Raises ValueError."""
-    try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
-            return file.read()
-    except OSError as error:
-        raise ValueError(f"--{knob}: {path} could not be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--{knob}: {path} is not UTF-8: byte {error.object[error.start]:#04x} at position "
-            f"{error.start} ({error.reason}). Convert it: "
-            f"iconv -f latin1 -t utf-8 {path} > converted.txt, or -f utf-16"
-        ) from error
 
 
 def read_json(line, number):
@@ -245,16 +233,12 @@ def main():
     check_knobs()
     device = pick_device(config["device"])
     rows = read_rows()
-    trained = open_trained(out_dir, checkpoint, device)
+    trained = open_trained(out_dir, checkpoint, init_from, device)
     tokens = [encode(trained.tokenizer, row["prompt"]) for row in rows]
     jobs = [(i, number) for i in range(len(rows)) for number in range(num_samples)]
 
-    about, chosen = trained.about, activation_dtype(dtype, trained.model, device)
-    print(
-        f"{about['checkpoint']}: step {about['step']}, {about['mixer']}, "
-        f"{about['tokenizer']} tokens",
-        file=sys.stderr,
-    )
+    chosen = activation_dtype(dtype, trained.model, device)
+    print(trained.title, file=sys.stderr)
     if chosen != torch.float32:
         cast_weights(trained.model, chosen)
     decoder = Decoder(

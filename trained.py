@@ -2,7 +2,7 @@
 A trained model to use: the weights, the tokenizer and the dtype that belong together, wherever they
 come from.
 
-    trained = open_trained("out/tbp", "best", device)
+    trained = open_trained("out/tbp", "best", "", device)
     trained.model(idx), trained.tokenizer.decode(ids)
 """
 
@@ -12,24 +12,33 @@ from typing import Any, NamedTuple
 import torch
 
 import checkpoint as checkpoints
+import pretrained
 import runtime
 from model import GPT, GPTConfig
 from runtime import RunError
 from tokenizer import get_tokenizer, tokenizer_name
+
+DEFAULTS = ("out", "latest")  # of the scripts' knobs out_dir and checkpoint
 
 
 class Trained(NamedTuple):
     model: GPT  # in eval mode, on the device
     tokenizer: Any
     n_vocab: int  # ids that the tokenizer has; what lies beyond is padding
-    about: dict  # where it comes from, for a file of results
+    title: str  # where it comes from, in a line
+    about: dict  # the same for a file of results
 
 
-def open_trained(out_dir, checkpoint, device):
-    """-> Trained, a checkpoint of the run in out_dir. checkpoint: latest, best, or a path.
+def open_trained(out_dir, checkpoint, init_from, device):
+    """-> Trained: a checkpoint of the run in out_dir (latest, best, or a path), or, where init_from
+    names them, weights of GPT-2's kind (pretrained.py).
 
     Raises RunError or ValueError for what cannot be had.
     """
+    if init_from and (out_dir, checkpoint) != DEFAULTS:
+        raise ValueError("--init_from names other weights than --out_dir or --checkpoint; give one")
+    if init_from:
+        return open_gpt2(init_from, device)
     path = find_checkpoint(out_dir, checkpoint)
     state = checkpoints.load(path)
     model = GPT(checkpoints.model_config(path, state, GPTConfig))
@@ -42,8 +51,25 @@ def open_trained(out_dir, checkpoint, device):
         "tokenizer": tokenizer_name(state["tokenizer"]),
         "made_by": state["provenance"],
     }
+    title = f"{path}: step {state['step']}, {about['mixer']}, {about['tokenizer']} tokens"
     tokenizer = get_tokenizer(state["tokenizer"])
-    return Trained(model.to(device).eval(), tokenizer, state["n_vocab"], about)
+    return Trained(model.to(device).eval(), tokenizer, state["n_vocab"], title, about)
+
+
+def open_gpt2(source, device):
+    """-> Trained, from weights that were not trained here."""
+    if not pretrained.is_gpt2(source):
+        raise ValueError(
+            f"init_from = {source!r} names no weights of GPT-2's kind: it takes "
+            f"{', '.join(pretrained.HUB)}, a folder or a file of such weights. A run is named by "
+            "--out_dir, and one of its checkpoints by --checkpoint"
+        )
+    tokenizer = get_tokenizer("gpt2")  # before the download of the weights
+    model = pretrained.gpt2_model(source)
+    about = {"checkpoint": source, "step": None, "mixer": "residual", "n_streams": 1}
+    about |= {"tokenizer": "gpt2", "made_by": None}
+    title = f"{source}: weights of GPT-2's kind, residual, gpt2 tokens"
+    return Trained(model.to(device), tokenizer, tokenizer.n_vocab, title, about)
 
 
 def find_checkpoint(out_dir, checkpoint):
