@@ -4,6 +4,7 @@ Nothing is written but meta.json. The tokenizer that made the shards is not in t
 looked at: ids that cannot come from the tokenizer that was named are refused.
 """
 
+import os
 import pickle
 import shlex
 from fnmatch import fnmatch
@@ -60,6 +61,13 @@ def adopt(directory, tokenizer, command, source=None, files=None):
     """Describes the shards of a folder: reads them once and writes meta.json. tokenizer: "chars"
     for nanoGPT's character-level sets, or what get_tokenizer takes. files: their names, None: all.
     Raises DataError."""
+    if directory.is_dir() and not os.access(directory, os.W_OK):
+        folder = shlex.quote(str(directory))
+        raise DataError(
+            f"{directory} cannot be written, and meta.json stands beside the shards; make a folder "
+            f"of links and adopt that: mkdir -p data/{directory.name}; "
+            f"ln -s {folder}/*.bin data/{directory.name}"
+        )
     for path in directory / META, directory / PROGRESS:
         if path.exists():
             raise DataError(

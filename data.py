@@ -231,7 +231,7 @@ def write_meta(directory, meta):
 
 def read_meta(directory):
     """-> the dict that write_meta wrote. Raises DataError with the command that makes it."""
-    path = Path(directory) / META
+    path = Path(directory).expanduser() / META
     if not path.exists():
         command = _prepare_command(path.parent)
         raise DataError(f"{path}: no such file; to make it: {command}")
@@ -283,7 +283,7 @@ def _remedy(directory):
 
 def _open_shard(directory, shard):
     """shard: its entry in meta.json. -> its tokens, as read_shard."""
-    path = Path(directory) / shard["file"]
+    path = Path(directory).expanduser() / shard["file"]
     tokens = read_shard(path)
     if len(tokens) != shard["tokens"]:
         raise DataError(
@@ -311,6 +311,7 @@ def allow_open_files(count):
 def verify(directory, rank=0, world_size=1):
     """Reads the shards [rank::world_size] of both splits whole: header, size, checksum, largest id.
     -> the number of tokens that it read. Raises DataError."""
+    directory = Path(directory).expanduser()
     meta = read_meta(directory)
     shards = [shard for split in meta["splits"].values() for shard in split["shards"]]
     shards = shards[rank::world_size]

@@ -130,7 +130,7 @@ def prepare(out, options, workers, command):
         plan = plan_splits(texts(corpus.start()), options["val_share"])
         print_plan(plan, options)
 
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         splits = [Split(out, name, options["shard_tokens"]) for name in ("train", "val")]
         if progress:
             position = continue_from(out, splits, *progress)
@@ -154,6 +154,15 @@ def prepare(out, options, workers, command):
             ) from error
     meter.show(position, last=True)
     finish(out, options, command, splits, description, position)
+
+
+def make_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{out}: this folder could not be made ({error.strerror}); pass another --out"
+        ) from error
 
 
 def unfinished(out, options, command):
@@ -290,6 +299,10 @@ def finish(out, options, command, splits, description, position):
 # ---- the command line ----------------------------------------------------------------------------
 
 
+def path_of(argument):
+    return Path(argument).expanduser()  # a shell leaves the ~ of --out=~/data as it is
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -297,7 +310,7 @@ def parse(argv):
     add = parser.add_argument
     add("dataset", nargs="?", help="stdlib (default), openwebtext, or a name on the Hub")
     add("--files", nargs="+", metavar="PATH", help="local files, folders or patterns instead")
-    add("--adopt", type=Path, metavar="DIR", help="folder of shards to describe instead")
+    add("--adopt", type=path_of, metavar="DIR", help="folder of shards to describe instead")
     add("--config", help="the Hub data set's configuration")
     add("--split", help="the Hub data set's split to read (default train)")
     add("--revision", help="the Hub data set's commit (default the newest, which is recorded)")
@@ -309,7 +322,7 @@ def parse(argv):
     add("--tokenizer", help="gpt2, another of tiktoken's, a tokenizer.json, chars, or bytes "
         "(default for stdlib), which needs no download")  # fmt: skip
     add("--name", help="of the folder in data/")
-    add("--out", type=Path, help="the folder itself (default data/NAME)")
+    add("--out", type=path_of, help="the folder itself (default data/NAME)")
     add("--shard-tokens", type=int, help="in each shard (default 100,000,000)")
     add("--val-share", type=float, help="of the texts (default 0.0005 of the Hub's, else 0.05)")
     add("--workers", type=int, default=min(os.cpu_count(), 61))  # 61: Windows' limit

@@ -67,7 +67,7 @@ def describe_characters(characters):
 def describe_json(path):
     """path: a tokenizer.json of the `tokenizers` library. -> the description. Raises DataError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
             content = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--tokenizer {path}: could not be read ({brief(error)})") from error

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from adopt import adopt
 from data import (
     DataError,
     TokenBlocks,
@@ -245,8 +246,16 @@ def test_a_read_only_folder_is_read_and_writing_there_is_one_clear_line(read_onl
     assert rows(TokenBlocks(read_only_disk, "train", 4).in_order(0, 1)) == [[0, 1, 2, 3, 4]]
     with pytest.raises(DataError, match="meta.json: could not be written .*[Rr]ead-only.*writable"):
         write_meta(read_only_disk, {})
+    with pytest.raises(DataError, match="cannot be written.*folder of links.*ln -s"):
+        adopt(read_only_disk, "gpt2", "the command")
     with pytest.raises(DataError, match="could not be written .No such file"):
         write_atomic(read_only_disk.parent.parent / "nowhere" / "file", b"")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_data_set(tmp_path / "set", [range(10)])
+    assert verify("~/set") == 13 and TokenBlocks("~/set", "train", 4).n_blocks == 2
 
 
 def test_without_the_modules_that_windows_lacks(tmp_path):

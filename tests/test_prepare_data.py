@@ -149,6 +149,13 @@ def test_one_file_or_few_or_separated_ones(here, capsys):
     assert sorted(few[0] + few[1]) == sorted(TEXTS[:10]) and len(few[1]) == 1
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "a.txt").write_text("some text " * 99)
+    run("--files", "a.txt", "--tokenizer", "bytes", "--out", "~/out")
+    assert verify(here / "home/out") and not (here / "~").exists()
+
+
 def test_what_is_left_out_is_counted(here, capsys):
     rows = [{"text": "a" * 50}, {"text": ""}, {"n": 1}, {"text": "b" * 50}, {"text": None}]
     (here / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -259,6 +266,7 @@ def test_errors_that_need_another_command(here):
     run("--files", "b.parquet", *tokenizer, "--out", "b", fails="b.parquet: .*after row 0")
     run("--files", "bad.txt", *tokenizer, "--out", "c", fails="bad.txt: byte 0xff at position 1")
     run("--tokenizer", "o200k_base", "--out", "d", fails="o200k_base has 200,019 ids.*uint16")
+    run("--out", "/proc/nowhere", fails="/proc/nowhere: this folder could not be made.*--out")
     write_shard(here / "train.bin", [1])
     run("--out", here, fails="--adopt .* --tokenizer gpt2")
 
