@@ -14,6 +14,7 @@ import dataclasses
 import re
 import tempfile
 import types
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -96,7 +97,8 @@ def capturing():
         path = Path(folder, f"{len(graphs)}.py")
         path.write_text(code.value)  # PyTorch reads it again
         lowering.cache_key, lowering.cache_path, lowering.cache_linemap = path.stem, str(path), []
-        return types.SimpleNamespace(call=shapes_only(lowering), __file__=str(path))
+        outputs = [describe_output(output) for output in lowering.graph_outputs]
+        return types.SimpleNamespace(call=partial(run_nothing, outputs), __file__=str(path))
 
     inductor = torch._inductor.config.patch(
         force_disable_caches=True,  # a graph from the cache would not be generated
@@ -116,9 +118,8 @@ def describe(lowering, code):
     numel = {}
     for node in nodes:
         for buffer in (*node.reads, *node.writes):
-            with contextlib.suppress(KeyError, RuntimeError):  # a buffer without a size
-                size = lowering.get_numel(buffer)
-                numel[buffer] = int(lowering.sizevars.optimization_hint(size))
+            size = lowering.get_numel(buffer)
+            numel[buffer] = int(lowering.sizevars.optimization_hint(size))
     return Graph(lowering.is_backward, code, nodes, numel)
 
 
@@ -141,23 +142,19 @@ def describe_node(node):
     return Node(kind, " ".join(sorted(operations)), reads, writes)
 
 
-def shapes_only(lowering):
+def describe_output(output):
+    """(size, stride, dtype, device) of an output of a graph; None for one that is no tensor."""
+    if not hasattr(output, "get_size") or not output.has_tensor_output():
+        return None
+    size, stride = output.get_size(), output.get_stride()
+    return tuple(map(int, size)), tuple(map(int, stride)), output.get_dtype(), output.get_device()
+
+
+def run_nothing(outputs, args):
     """Stands in for the generated function: outputs of the right shapes, without values."""
-    outputs = []
-    for output in lowering.graph_outputs:
-        if hasattr(output, "get_size") and output.has_tensor_output():
-            size, stride = (tuple(map(int, f())) for f in (output.get_size, output.get_stride))
-            outputs.append((size, stride, output.get_dtype(), output.get_device()))
-        else:
-            outputs.append(None)
+    args.clear()  # as the generated function does
+    return tuple(output and empty_like(*output) for output in outputs)
 
-    def call(args):
-        args.clear()  # as the generated function does
-        return tuple(
-            None
-            if output is None
-            else torch.empty_strided(output[0], output[1], dtype=output[2], device=output[3])
-            for output in outputs
-        )
 
-    return call
+def empty_like(size, stride, dtype, device):
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
