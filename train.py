@@ -6,7 +6,8 @@ Train a GPT with mixed residual streams.
     torchrun --standalone --nproc_per_node=8 train.py config/tbp.py --init_from=resume
     python train.py --out_dir=out/tbp --init_from=resume             # with the run's own knobs
     python train.py --out_dir=out/tbp --init_from=resume --eval_only=True
-    python train.py --init_from=gpt2 --learning_rate=3e-5            # from weights: pretrained.py
+    python train.py --init_from=gpt2 --learning_rate=3e-5            # from weights: warm_start.py
+    python train.py config/finetune.py --init_from=out/tbp --dataset=mytexts
     python train.py --help                                           # every knob
 
 The knobs below are those of GPT-2 124M with 4 TBP streams on OpenWebText; config files and
@@ -24,6 +25,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read when CUDA starts
@@ -33,9 +35,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import pretrained
 import runtime
-from configurator import configure
+import warm_start
+from configurator import configure, resolve
 from data import DataError, TokenBlocks, verify, write_atomic
 from mixers import OPTIONS, composite_gain, options_of
 from model import GPT, GPTConfig
@@ -100,8 +102,9 @@ deterministic = True  # cuda: algorithms whose result does not depend on timing;
 peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
 config = configure(globals(), arguments, extra=OPTIONS)
-if pretrained.is_gpt2(init_from):  # the knobs that nobody named follow the weights
-    config = configure(globals(), [*pretrained.knobs(init_from), *arguments], extra=OPTIONS)
+if shape := warm_start.knobs(init_from):  # the model's knobs that nobody named are the weights'
+    config = resolve(Path(__file__), [*shape, *arguments], extra=OPTIONS)
+    globals().update(config)
 
 
 # ---- before the first step -----------------------------------------------------------------------
@@ -117,11 +120,7 @@ def check_knobs():
     for name in ("grad_clip", "weight_decay", "max_iters", "warmup_iters"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
-    if init_from not in ("scratch", "resume", "auto") and not pretrained.is_gpt2(init_from):
-        raise ValueError(
-            f"init_from must be scratch, resume, auto, {', '.join(pretrained.HUB)}, or a path of "
-            f"GPT-2's weights, and {init_from!r} is none of them"
-        )
+    warm_start.check_source(init_from)
     if not out_dir:
         raise ValueError("out_dir is empty; give the run a folder, such as --out_dir=out/tbp")
     if not 0 <= activation_memory_budget <= 1:
@@ -346,8 +345,8 @@ def main():
         state = on_all_ranks(group, checkpoint.load, start)
         resume(state, start, model, optimizer, progress, meta)
         del state  # a second copy of weights and moments
-    elif pretrained.is_gpt2(init_from):
-        for line in on_all_ranks(group, pretrained.start_from, init_from, model, meta):
+    elif init_from not in warm_start.NO_WEIGHTS:
+        for line in on_all_ranks(group, warm_start.start_from, init_from, model, meta):
             print0(line)
     counts = model.parameter_counts()
     print0(

@@ -1,0 +1,135 @@
+"""
+The weights that a new run begins with: a checkpoint of ours, or GPT-2's kind (pretrained.py).
+
+    python train.py config/finetune.py --init_from=out/tbp --dataset=mytexts
+    python train.py --init_from=out/tbp/ckpt_0002000.pt --block_size=512 --dropout=0.1
+
+A run's folder means its best.pt, or where there is none its newest checkpoint. The step and the
+optimizer start anew; data, schedule, dropout and weight decay are the new run's own. The model's
+knobs that nobody names are the checkpoint's, and others than its own are refused.
+
+block_size may differ. A shorter one drops the last positions. The positions of a longer one that
+the checkpoint has not start from the initialisation, as those of a model from scratch do.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import pretrained
+from model import GPTConfig
+from runtime import RunError
+from tokenizer import tokenizer_name
+
+NO_WEIGHTS = ("scratch", "resume", "auto")  # what else the knob init_from may be
+# Fields of GPTConfig that the new model may have otherwise. What train.py calls the vocabulary is
+# the data set's, and `check_tokens` compares the tokens.
+FREE = ("block_size", "vocab_size", "dropout", "stream_dtype")
+
+
+def check_source(init_from):
+    """Raises ValueError where the knob init_from can be nothing."""
+    path = Path(init_from).expanduser()
+    if init_from not in NO_WEIGHTS and not pretrained.is_gpt2(init_from) and not path.exists():
+        raise ValueError(
+            f"init_from must be scratch, resume, auto, {', '.join(pretrained.HUB)}, or the path of "
+            f"a checkpoint, of a run or of GPT-2's weights, and there is no file {init_from!r}"
+        )
+
+
+def knobs(init_from):
+    """["--n_layer=12", ...]: the knobs of train.py that a model for these weights needs.
+
+    They stand before the user's own. Nothing where there are no weights, and none for weights that
+    cannot be read: `start_from` says what is wrong with them.
+    """
+    if init_from in NO_WEIGHTS:
+        return []
+    if pretrained.is_gpt2(init_from):
+        return pretrained.knobs(init_from)
+    try:
+        path = find(init_from)
+        model = asdict(checkpoint.model_config(path, checkpoint.load(path), GPTConfig))
+    except (RunError, ValueError):
+        return []
+    values = {name: value for name, value in model.items() if name not in ("vocab_size", "dropout")}
+    values |= values.pop("options")
+    return [f"--{name}={value!r}" for name, value in values.items()]
+
+
+def start_from(init_from, model, meta):
+    """Put the weights into `model`, which is to train on the data set of `meta`.
+
+    -> lines for the user. Raises ValueError or RunError for weights of another model, or with
+    other tokens than the data set's.
+    """
+    if pretrained.is_gpt2(init_from):
+        return pretrained.start_from(init_from, model, meta)
+    path = find(init_from)
+    state = checkpoint.load(path)
+    check_tokens(path, state, meta)
+    check_model(path, checkpoint.model_config(path, state, GPTConfig), model.config)
+    weights = with_rows_of(model, state["model"])
+    checkpoint.restore(path, {**state, "model": weights}, model)
+    lines = [f"weights: {path}, after its step {state['step']:,}; a new run begins at step 0"]
+    old, new = len(state["model"]["embed.wpe.weight"]), model.config.block_size
+    if new < old:
+        lines.append(f"block_size {new}: the first {new} of the checkpoint's {old} positions")
+    if new > old:
+        lines.append(
+            f"block_size {new}: positions {old} to {new - 1} are new and start from the "
+            "initialisation, so the loss there is at first that of a model that knows no positions"
+        )
+    return lines
+
+
+def find(source):
+    """-> the checkpoint that is meant. Raises RunError where a folder has none."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path
+    if (path / "best.pt").exists():
+        return path / "best.pt"
+    newest = checkpoint.latest(path)
+    if newest is None:
+        raise RunError(f"{path} has no checkpoint: neither best.pt nor a ckpt_*.pt that is whole")
+    return newest
+
+
+def check_tokens(path, state, meta):
+    """Raises ValueError unless the weights and the data set have the same tokens."""
+    then, now = state["tokenizer"], meta["tokenizer"]
+    names = pretrained.GPT2_TOKENIZERS  # of the same ids
+    if tokenizer_name(then) != tokenizer_name(now) and not (then in names and now in names):
+        raise ValueError(
+            f"{path} was trained on tokens of {tokenizer_name(then)}, and the data set's are of "
+            f"{tokenizer_name(now)}, so that every id would mean something else. Prepare the texts "
+            "with the checkpoint's tokenizer (python prepare_data.py --tokenizer …)"
+        )
+
+
+def check_model(path, then, now):
+    """Raises ValueError unless the weights of the GPTConfig `then` fit the GPTConfig `now`."""
+    then, now = asdict(then), asdict(now)
+    wrong = [name for name in then if then[name] != now[name] and name not in FREE]
+    if not wrong:
+        return
+    listed = ", ".join(f"{name} is {then[name]!r} there and {now[name]!r} here" for name in wrong)
+    remedy = "Leave these knobs out, and they are the checkpoint's"
+    if "mixer" in wrong or "n_streams" in wrong:
+        other = f"--mixer={now['mixer']} --n_streams={now['n_streams']}"
+        remedy = f"Convert it first: python convert.py mixer {path} out/converted {other}"
+    raise ValueError(f"{path} is of another model: {listed}. {remedy}")
+
+
+def with_rows_of(model, weights):
+    """-> weights with as many positions and tokens as the model has: cut, or continued by the rows
+    that the model started with."""
+    fitting, own = dict(weights), model.state_dict()
+    for name in ("embed.wpe.weight", "embed.wte.weight"):
+        start = own[name].cpu()
+        rows = min(len(start), len(weights[name]))
+        fitting[name] = torch.cat([weights[name][:rows], start[rows:]])
+    return fitting
