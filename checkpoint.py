@@ -36,8 +36,8 @@ KEYS = {
 }
 # With another value of one of these it would be another run; so it would with another model_config.
 FIXED = ("seed", "dataset", "total_batch_tokens")
-# These change where a run lies or how it starts, but not the run.
-NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir")
+# These change where a run lies, how it starts and who hears of it, but not the run.
+NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes")
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 The machine that a script runs on: device, dtype, peak flops and memory, processes, the stop signal.
 
     device = pick_device("auto")
-    group = init_distributed(device)            # None without torchrun
+    group = init_distributed(device, 600)       # None without torchrun
     print0("said once, by rank 0")
 
 One process without torchrun is rank 0 of 1, and every function here works for it as well.
@@ -17,10 +17,13 @@ import shlex
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+import watchdog
 
 TESTED_TORCH = ("2.11", "2.12", "2.13")  # versions that the tests pass on
 
@@ -264,16 +267,19 @@ def print0(*text):
         print(*text, flush=True)
 
 
-def init_distributed(device):
+def init_distributed(device, patience):
     """Under torchrun, start the group of all processes; without it, do nothing.
 
+    patience: the seconds after which a rank that does not come, or that hangs later, ends the job.
     Returns a gloo group for what travels between hosts rather than devices (errors, flags), or
     None without torchrun. Raises RunError where the processes cannot meet.
     """
     if "RANK" not in os.environ:
         return None
     try:
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(
+            dist.rendezvous("env://", timeout=timedelta(seconds=patience))
+        )
     except dist.DistError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunError(
@@ -284,8 +290,19 @@ def init_distributed(device):
 
     # torchrun keeps its store when it restarts the workers, with the addresses of the dead ones.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(pick_backend(device), store=store, rank=rank, world_size=world_size)
-    return dist.new_group(backend="gloo")
+    if missing := watchdog.missing_ranks(store, rank, world_size, patience):
+        raise RunError(
+            f"of {world_size} processes, rank {', '.join(map(str, missing))} did not come within "
+            f"{patience:.0f} s; the logs of their machines tell why"
+        )
+    # A collective waits longer than the watchdog, which can name the rank that it waits for.
+    longest = timedelta(seconds=2 * patience)
+    dist.init_process_group(
+        pick_backend(device), store=store, rank=rank, world_size=world_size, timeout=longest
+    )
+    group = dist.new_group(backend="gloo", timeout=longest)
+    watchdog.watch(store, rank, world_size, (dist.group.WORLD, group), patience)
+    return group
 
 
 def pick_backend(device):

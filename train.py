@@ -100,6 +100,7 @@ compile = True  # blocks and head through torch.compile, in place
 activation_memory_budget = 1.0  # share of the backward's needs that is kept, not computed again
 deterministic = True  # cuda: algorithms whose result does not depend on timing; a CPU's never do
 peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
+hang_minutes = 10.0  # several processes: a rank that the others wait for so long ends the run
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
 config = configure(globals(), arguments, extra=OPTIONS)
 if shape := warm_start.knobs(init_from):  # the model's knobs that nobody named are the weights'
@@ -120,6 +121,8 @@ def check_knobs():
     for name in ("grad_clip", "weight_decay", "max_iters", "warmup_iters"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
+    if not 0 < hang_minutes < 1e6:
+        raise ValueError(f"hang_minutes must be above 0, not {hang_minutes}")
     warm_start.check_source(init_from)
     if not out_dir:
         raise ValueError("out_dir is empty; give the run a folder, such as --out_dir=out/tbp")
@@ -302,7 +305,7 @@ def main():
     # Filling takes time, and nothing here reads memory that was not written.
     torch.utils.deterministic.fill_uninitialized_memory = False
     runtime.keep_freed_memory()
-    group = runtime.init_distributed(device)
+    group = runtime.init_distributed(device, patience=60 * hang_minutes)
     stop = runtime.StopSignal(group)
 
     # The run's folder

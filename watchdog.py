@@ -1,0 +1,122 @@
+"""
+Ends a job of several processes that hangs, and names the rank that the others wait for.
+
+    missing = missing_ranks(store, rank, world_size, seconds)  # before the processes are connected
+    watch(store, rank, world_size, groups, seconds)            # from then on, in a thread
+
+Each process beats BEATS times in `seconds`: its thread writes to the store of the job how many
+collectives the process has entered. After `seconds` two kinds of ranks are given up:
+
+* One that beats no more. The process was stopped, or the machine was.
+* One that has entered fewer collectives than another process, and enters no more. It waits for
+  something else than the others do, such as a disk.
+
+Each process that notices ends with status 1, and one on each machine says why. torchrun then ends
+the rest, or begins them again (--max-restarts). A process counts its own beats rather than seconds,
+so that a job goes on which was suspended as a whole.
+"""
+
+import itertools
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+BEATS = 20  # in the time after which a rank is given up
+
+
+class Peer:
+    """Another process: what it wrote last, and for how many of our beats that has been the same.
+
+    silent      beats of ours since its last one
+    still       beats of ours since it last entered a collective
+    """
+
+    def __init__(self):
+        self.beat = self.entered = -1
+        self.silent = self.still = 0
+
+    def hear(self, beat, entered):
+        """beat: the number of its last beat. entered: how many collectives it has entered."""
+        self.silent = 0 if beat != self.beat else self.silent + 1
+        self.still = 0 if entered != self.entered else self.still + 1
+        self.beat, self.entered = beat, entered
+
+
+def missing_ranks(store, rank, world_size, seconds):
+    """Wait until every rank is there. -> those that did not come within `seconds`, mostly []."""
+    store.set(f"process/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+    store.set(f"beat/{rank}", "0 0")
+    wanted = [f"beat/{other}" for other in range(world_size)]
+    try:
+        store.wait(wanted, timedelta(seconds=seconds))
+    except dist.DistStoreError:
+        return [other for other in range(world_size) if not store.check([wanted[other]])]
+    return []
+
+
+def watch(store, rank, world_size, groups, seconds):
+    """Start the thread that beats and listens. Every rank must have been there.
+
+    groups: the process groups whose collectives are counted.
+    """
+    own = store.clone()  # of this thread: a process's other waits do not hold up its beat
+    arguments = (own, rank, world_size, groups, seconds)
+    threading.Thread(target=beat_and_listen, args=arguments, daemon=True).start()
+
+
+def beat_and_listen(store, rank, world_size, groups, seconds):
+    peers = {other: Peer() for other in range(world_size) if other != rank}
+    keys = [f"beat/{other}" for other in peers]
+    for beat in itertools.count(1):
+        time.sleep(seconds / BEATS)
+        # No name in torch is public for this; the tests hold that it counts what is entered.
+        entered = sum(group._get_sequence_number_for_group() for group in groups)
+        try:
+            store.set(f"beat/{rank}", f"{beat} {entered}")
+            heard = store.multi_get(keys)
+        except RuntimeError as error:
+            time.sleep(seconds)  # a job that has ended takes its store with it, and us as well
+            end(f"the store of the job does not answer ({str(error).splitlines()[0]})")
+        for peer, text in zip(peers.values(), heard):
+            peer.hear(*map(int, text.split()))
+        if verdict := given_up(peers, entered):
+            ranks, reason = verdict
+            names = [f"rank {other} ({store.get(f'process/{other}').decode()})" for other in ranks]
+            first = store.add(f"ended/{socket.gethostname()}", 1) == 1
+            end(f"{', '.join(names)} {reason} {seconds:.0f} s" if first else "")
+
+
+def given_up(peers, entered):
+    """-> (ranks, reason) where there are such ranks, else None.
+
+    peers: {rank: Peer}. entered: how many collectives this process has entered.
+    """
+    silent = [rank for rank, peer in peers.items() if peer.silent >= BEATS]
+    if silent:
+        return silent, "gave no sign of life for"
+    least = min(peer.entered for peer in peers.values()) if peers else entered
+    behind = [
+        rank
+        for rank, peer in peers.items()
+        if peer.entered == least < entered and peer.still >= BEATS
+    ]
+    if behind:
+        return behind, "did not come to where the others wait, for"
+    return None
+
+
+def end(reason):
+    """End this process, whatever its main thread waits for; reason: "" where another said it."""
+    if reason:
+        print(
+            f"RunError: {reason}, so this run ends. Look after that process and its machine, then "
+            "go on with --init_from=resume. --hang_minutes sets how long a run waits",
+            file=sys.stderr,
+            flush=True,
+        )
+    os._exit(1)
