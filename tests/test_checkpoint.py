@@ -25,6 +25,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.quick
 def test_the_newest_are_kept_and_the_best(tmp_path):
     for step, best in ((1, True), (2, True), (3, False), (4, False), (5, False)):
         path = checkpoint.save(tmp_path, state(step), keep=2, best=best)
@@ -34,6 +35,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert checkpoint.load(checkpoint.latest(tmp_path))["step"] == 5
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace", "torch.save"])
 def test_a_failure_while_writing_leaves_what_was_there(call, tmp_path, monkeypatch):
     checkpoint.save(tmp_path, state(1), keep=1, best=True)
@@ -61,6 +63,7 @@ def test_a_full_disk_leaves_what_was_there(small_disk):
     assert names(disk) == ["best.pt", "ckpt_0000002.pt", "ckpt_0000003.pt"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "call, count",
     [("torch.save", 1), ("os.fsync", 1), ("os.link", 1), ("os.replace", 1), ("os.replace", 2)],
@@ -88,6 +91,7 @@ def test_killed_between_any_two_calls_no_checkpoint_is_lost(call, count, tmp_pat
     assert names(tmp_path) == [".lock", "best.pt", "ckpt_0000003.pt"]
 
 
+@pytest.mark.quick
 def test_later_ones_that_are_damaged_do_not_count_as_the_newest(tmp_path):
     for step in (2, 4, 6):
         checkpoint.save(tmp_path, state(step), keep=3, best=False)
@@ -119,6 +123,7 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     assert noticed > len(whole) / 7 / 3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "content, says",
     [
@@ -134,6 +139,7 @@ def test_what_is_no_checkpoint_is_refused(content, says, tmp_path):
         checkpoint.load(tmp_path / "x.pt")
 
 
+@pytest.mark.quick
 def test_another_kind_of_torch_file_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
     with pytest.raises(RunError, match="lacks best_val, command, config, .*, tokenizer"):
@@ -159,6 +165,7 @@ def test_the_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
     checkpoint.lock(tmp_path).close()
 
 
+@pytest.mark.quick
 def test_metrics_drop_what_lies_beyond_the_step_and_half_a_line(tmp_path):
     metrics = checkpoint.Metrics(tmp_path, 0)
     for step in range(1, 6):
@@ -204,6 +211,7 @@ def fail_with(number):
     return fail
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EMLINK])
 def test_without_hard_links_the_best_is_a_copy(number, tmp_path, monkeypatch):
     monkeypatch.setattr("os.link", fail_with(number))
@@ -214,6 +222,7 @@ def test_without_hard_links_the_best_is_a_copy(number, tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "ckpt_0000003.pt")["step"] == 3
 
 
+@pytest.mark.quick
 def test_a_copy_that_finds_the_disk_full_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr("os.link", fail_with(errno.EPERM))
     checkpoint.save(tmp_path, state(1), keep=1, best=True)
@@ -224,6 +233,7 @@ def test_a_copy_that_finds_the_disk_full_leaves_what_was_there(tmp_path, monkeyp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.quick
 def test_without_file_locks_a_run_is_warned_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", fail_with(errno.ENOLCK))
     (tmp_path / "best.tmp").write_bytes(b"half")

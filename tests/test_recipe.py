@@ -112,6 +112,7 @@ def moments(state, name):
     return torch.cat([found[i][name].double().flatten() for i in sorted(found)])
 
 
+@pytest.mark.quick
 def test_what_multiplies_activations_decays_and_nothing_else(after_one_step):
     weights, step = after_one_step
     with_decay = step("--weight_decay=50.0")["model"]
@@ -132,6 +133,7 @@ def test_what_multiplies_activations_decays_and_nothing_else(after_one_step):
     assert decayed | kept == set(weights), "a parameter decays by another amount"
 
 
+@pytest.mark.quick
 def test_the_learning_rate_of_every_step(tiny, tmp_path):
     tiny += ["--max_iters=9", "--checkpoint_interval=1", "--keep_checkpoints=9"]
     schedule = ["--warmup_iters=3", "--lr_decay_iters=7", "--learning_rate=0.08", "--min_lr=0.02"]
@@ -150,6 +152,7 @@ def test_the_learning_rate_of_every_step(tiny, tmp_path):
         assert rates == pytest.approx(warmup + cosine, rel=1e-5), "the optimizer's rate is another"
 
 
+@pytest.mark.quick
 def test_the_gradient_is_clipped_to_its_norm(after_one_step):
     """AdamW's first moment after a step is (1 - beta1) times the gradient that it got."""
     _, step = after_one_step

@@ -43,6 +43,7 @@ def test_trains_resumes_to_the_bit_and_samples(mixer, tiny, tmp_path):
     assert "--- sample 2 ---\nabc" in text
 
 
+@pytest.mark.quick
 def test_learns_and_writes_what_it_did(tiny, tmp_path):
     run(
         *tiny,
@@ -340,6 +341,7 @@ def test_changed_is_said_only_of_what_changes_the_run(tiny, tmp_path):
     assert "changed since the checkpoint: max_iters: 2 -> 4\n" in output
 
 
+@pytest.mark.quick
 def test_a_bare_resume_has_the_knobs_of_the_run(tiny, tmp_path):
     tiny += ["--mixer=hc", "--n_streams=3", "--dropout=0.1", "--weight_decay=0.3"]
     run(*tiny)
