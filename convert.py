@@ -279,6 +279,8 @@ def convert_mixer(arguments):
                 f"{off[worst]:.3g} in an entry. Nothing is written; to take the nearest all the "
                 f"same, pass --most_off={math.ceil(off[worst] * 1000) / 1000:g}"
             )
+    if off and new.config.dynamic:
+        print("phi of the mix: mapped by the Jacobian at the biases, right to first order")
     for line in measure(old, new, state, arguments.data, arguments.tokens):
         print(line)
     knobs = {"mixer": new.config.mixer, "n_streams": new.config.n_streams} | new.config.options

@@ -212,7 +212,7 @@ def is_described(config_file):
 
 def download(name, file):
     """-> the path of a file of OpenAI's: from the Hub's cache, or else fetched. ValueError."""
-    remedy = "pass a folder that has config.json and the weights, --init_from=FOLDER"
+    remedy = "name a folder instead that has config.json and the weights"
     try:
         from huggingface_hub import constants, hf_hub_download
     except ImportError as error:

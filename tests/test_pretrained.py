@@ -437,7 +437,7 @@ def test_without_a_network_a_name_is_refused_at_once(monkeypatch, tmp_path):
 
     stand_in_for_the_hub(monkeypatch, tmp_path, cached=False)
     monkeypatch.setattr(pretrained, "probe", no_answer)
-    with pytest.raises(ValueError, match="not in the Hub's cache either; pass a folder") as error:
+    with pytest.raises(ValueError, match="not in the Hub's cache either; name a folder") as error:
         gpt2_model("gpt2")
     assert "\n" not in str(error.value)
 
