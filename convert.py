@@ -13,35 +13,26 @@ A checkpoint of ours is named by its path, or by the folder of its run, which me
 What `import` and `mixer` write is a checkpoint that sample.py takes and from which train.py can
 begin a run. It has no optimizer state, so no run is resumed from it.
 
-From one mixer to another, with n streams:
-* The biases of the mix become those at which the other mixer gives the same M, by its inverse. So
-  every M is the same before a token adds to it. Where the other mixer does not reach M, the nearest
-  M that it reaches is taken and the distance reported; beyond --most_off nothing is written.
-* What a token adds to M has no exact counterpart. The rows of phi are multiplied by the derivative
-  of the new logits with respect to the old ones, taken at the biases: the new M is the old one to
-  first order in what the token adds. How far off M is then is measured on --tokens tokens of the
-  validation split of --data, with both losses, or of random tokens.
-* Reads, writes, their gates, scales of M and everything else are copied.
-From one stream, the streams start as equal copies: the new model computes the same function.
+remix.py says what becomes of the parameters of one mixer in another.
 """
 
 import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import checkpoint
 import pretrained
-from data import TokenBlocks, read_meta, write_atomic
-from mixers import OPTIONS, find_mixer, mixing_logits, mixing_matrix, start_logits
+from data import read_meta, write_atomic
+from mixers import OPTIONS, find_mixer
 from model import GPT, GPTConfig
+from remix import measure, with_mixer
 from runtime import RunError, provenance
-from streams import HyperConnection, Streams, mean_square
-from tokenizer import describe, sizes, tokenizer_name
+from tokenizer import describe, sizes
 
 OURS = "mixed_residual_streams"  # the key in config.json of what only this project knows
 
@@ -212,8 +203,7 @@ def export(source, folder):
         raise RunError(f"{folder} holds a model already; name a new folder")
     path, state, model = load(source)
     ours = {name: state[name] for name in ("tokenizer", "n_vocab", "step", "provenance")}
-    plain = find_mixer(model.config.mixer).one_stream and not model.config.x0_scalars
-    if plain:
+    if is_plain(model.config):
         tensors, config = as_gpt2(model, ours["n_vocab"])
         loads = "GPT2LMHeadModel.from_pretrained of transformers loads it"
     else:
@@ -226,6 +216,18 @@ def export(source, folder):
     write_atomic(folder / "model.safetensors", content)
     write_atomic(folder / "config.json", json.dumps(config | {OURS: ours}, indent=1).encode())
     print(f"wrote {folder} from {path}: {loads}")
+
+
+def is_plain(config):
+    """Whether the model is GPT-2's: it has one stream, and nothing at a value of its own but sizes
+    and what has no effect on one stream."""
+    own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_mlp", "dropout", "bias")
+    no_effect = ("mixer", "n_streams", "dynamic", "mix_start", "read_start", "stream_dtype")
+    usual = asdict(GPTConfig())
+    others = [name for name in usual if name not in own + no_effect]
+    return find_mixer(config.mixer).one_stream and all(
+        getattr(config, name) == usual[name] for name in others
+    )
 
 
 def as_gpt2(model, n_vocab):
@@ -281,161 +283,12 @@ def convert_mixer(arguments):
             )
     if off and new.config.dynamic:
         print("phi of the mix: mapped by the Jacobian at the biases, right to first order")
-    for line in measure(old, new, state, arguments.data, arguments.tokens):
+    tokens = {name: state[name] for name in ("tokenizer", "n_vocab")}
+    for line in measure(old, new, **tokens, data=arguments.data, tokens=arguments.tokens):
         print(line)
     knobs = {"mixer": new.config.mixer, "n_streams": new.config.n_streams} | new.config.options
     about = {name: state[name] for name in ("tokenizer", "n_vocab", "shards", "step")}
     save(arguments.out_dir, new, about | {"config": state["config"] | knobs})
-
-
-def with_mixer(old, mixer, n_streams, options):
-    """The model `old` with another mixer -> the new model, and {sublayer: how far an entry of its M
-    is off at the biases}, which is empty where `old` has one stream. Raises ValueError."""
-    config = old.config
-    from_one = find_mixer(config.mixer).one_stream
-    if find_mixer(mixer).one_stream:
-        raise ValueError(f"{mixer} has one stream, and no n streams go into one; name another")
-    if config.x0_scalars:
-        raise ValueError("a model with x0_scalars has no counterpart with n streams")
-    if from_one and not n_streams:
-        raise ValueError("the model has one stream: pass --n_streams=4, or another number")
-    if not from_one and n_streams not in (None, config.n_streams):
-        raise ValueError(f"n_streams stays {config.n_streams}: leave --n_streams={n_streams} out")
-
-    gates = config.gates
-    if not from_one:  # "auto" would follow the mixer, and so change the reads and writes
-        gates = old.blocks[0].hc_attn.gates
-    changes = dict(mixer=mixer, n_streams=n_streams or config.n_streams, gates=gates)
-    new = GPT(replace(config, **changes, options=options)).eval()
-    same = {name: tensor for name, tensor in old.state_dict().items() if ".hc_" not in name}
-    new.load_state_dict(same, strict=False)  # all but the hyper-connections
-    off = {}
-    for name, module in new.named_modules():
-        if isinstance(module, HyperConnection) and not from_one:
-            off[name] = translate(old.get_submodule(name), module)
-    return new, off
-
-
-@torch.no_grad()
-def translate(old, new):
-    """Give the HyperConnection `new` the parameters of `old`, through the inverse of its mixer.
-
-    -> how far an entry of M is off at the biases, in absolute value.
-    """
-    n, K_old, K_new = old.n_streams, old.n_mixer_logits, new.n_mixer_logits
-    gates, logits, scales = old.bias.double().split([2 * n, K_old, len(old.bias) - 2 * n - K_old])
-    M = mixing_matrix(old.mixer, logits, n, **old.options)
-    nearest = reach(new.mixer, M, new.mix_start, **new.options)
-    new.bias.copy_(torch.cat([gates, nearest, scales]))
-    if old.dynamic:
-        there = jacobian(new.mixer, nearest, n, new.options)  # (n^2, K_new)
-        back = torch.linalg.pinv(there, rtol=1e-6)  # (K_new, n^2)
-        change = back @ jacobian(old.mixer, logits, n, old.options)  # (K_new, K_old)
-        gates, mix, scales = old.phi.double().split([2 * n, K_old, len(scales)])
-        new.phi.copy_(torch.cat([gates, change @ mix, scales]))
-        new.alpha.copy_(old.alpha)
-    logits = new.bias[2 * n : 2 * n + K_new].double()  # as they are stored
-    return (mixing_matrix(new.mixer, logits, n, **new.options) - M).abs().max().item()
-
-
-def jacobian(mixer, logits, n, options):
-    """dM / dlogits, (n^2, K)."""
-
-    def entries(logits):
-        return mixing_matrix(mixer, logits, n, **options).flatten()
-
-    if not len(logits):
-        return logits.new_zeros(n * n, 0)
-    with torch.enable_grad():
-        return torch.autograd.functional.jacobian(entries, logits)
-
-
-def reach(mixer, M, mix_start, **options):
-    """-> the logits (K,) at which the mixer gives M (n, n), or the nearest matrix that it has."""
-    n = len(M)
-    try:
-        logits = mixing_logits(mixer, M, **options)
-        if (mixing_matrix(mixer, logits, n, **options) - M).abs().max() < 1e-6:
-            return logits
-    except ValueError:  # no logits give this M, or no inverse is known
-        pass
-    return nearest_logits(mixer, M, mix_start, **options)
-
-
-def nearest_logits(mixer, M, mix_start, **options):
-    """The logits at which the sum of the squared differences from M is least, from the start on."""
-    logits = start_logits(mixer, len(M), mix_start, **options).double()
-    if not len(logits):
-        return logits
-    logits.requires_grad_()
-    search = torch.optim.LBFGS(
-        [logits],
-        max_iter=1000,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-15,
-        line_search_fn="strong_wolfe",
-    )
-
-    def distance():
-        search.zero_grad()
-        squares = (mixing_matrix(mixer, logits, len(M), **options) - M).square().sum()
-        squares.backward()
-        return squares
-
-    with torch.enable_grad():
-        search.step(distance)
-    return logits.detach()
-
-
-@torch.no_grad()
-def measure(old, new, state, data, tokens):
-    """Lines on how far the new model is from the old one, over some tokens.
-
-    M of a token is compared on the same streams, those of the old model.
-    """
-    block_size = old.config.block_size
-    count = max(1, tokens // block_size)
-    if data:
-        blocks = TokenBlocks(data, "val", block_size)
-        if blocks.meta["tokenizer"] != state["tokenizer"]:
-            raise ValueError(
-                f"{data} has tokens of {tokenizer_name(blocks.meta['tokenizer'])}, and the "
-                f"checkpoint is of {tokenizer_name(state['tokenizer'])}; name another --data"
-            )
-        batches = [blocks.in_order(i, 1) for i in range(min(count, blocks.n_blocks))]
-        source = f"tokens of {data}"
-    else:
-        generator = torch.Generator().manual_seed(0)
-        size = (count, 1, block_size)
-        idx = torch.randint(state["n_vocab"], size, generator=generator)
-        batches, source = [(one, one) for one in idx], "random tokens"
-
-    losses, logits_off, mix_off, moved = [], 0.0, {}, 0.0
-    for idx, targets in batches:
-        (theirs, old_loss), (ours, new_loss) = old(idx, targets), new(idx, targets)
-        losses.append(torch.stack([old_loss, new_loss]))
-        logits_off = max(logits_off, (ours - theirs).abs().max().item())
-        for seen in old.observe(idx) if old.config.n_streams > 1 else []:
-            streams = Streams(seen.x, mean_square(seen.x))
-            mix = new.get_submodule(seen.name).observe(streams)[2]
-            off = (mix - seen.mix).abs()
-            sums = mix_off.setdefault(seen.name, [0.0, 0.0])
-            mix_off[seen.name] = [sums[0] + off.mean().item(), max(sums[1], off.max().item())]
-            moved += (seen.mix - seen.mix.mean((0, 1))).abs().mean().item()
-
-    lines = [f"measured on {len(batches) * block_size:,} {source}:"]
-    if mix_off:
-        worst = max(mix_off, key=lambda name: mix_off[name][1])
-        mean = sum(total for total, _ in mix_off.values()) / len(mix_off) / len(batches)
-        lines += [
-            f"  an entry of M is off by {mean:.2g} on average, by {mix_off[worst][1]:.2g} at most "
-            f"({worst}); between tokens it varies by {moved / len(mix_off) / len(batches):.2g}",
-        ]
-    lines.append(f"  logits are off by {logits_off:.2g} at most")
-    if data:
-        before, after = torch.stack(losses).mean(0).tolist()
-        lines.append(f"  loss {before:.4f} -> {after:.4f} ({after - before:+.4f})")
-    return lines
 
 
 if __name__ == "__main__":

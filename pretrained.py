@@ -303,8 +303,7 @@ def torch_layout(source, state):
 
 def sizes_of(source, state):
     """The sizes that the shapes tell. Raises ValueError where the largest weights are missing."""
-    needed = ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight")
-    for name in needed:
+    for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
         if name not in state or state[name].ndim != 2:
             raise ValueError(
                 f"{source}: it has no matrix {name}, so these are no weights of GPT-2's kind; "
@@ -415,8 +414,7 @@ def load_weights(model, weights):
 
 def check_sizes(config, weights):
     """Raises ValueError, with the knobs to pass, unless the weights fit a model of this config."""
-    sizes = weights.sizes
-    wrong = {}
+    sizes, wrong = weights.sizes, {}
     for name in ("n_layer", "n_head", "n_embd", "n_mlp", "bias"):
         if name in sizes and getattr(config, name) != sizes[name]:
             wrong[name] = sizes[name]
@@ -424,6 +422,9 @@ def check_sizes(config, weights):
         wrong.pop("n_mlp", None)
     if config.block_size > sizes["block_size"]:
         wrong["block_size"] = sizes["block_size"]
+    if config.embed_scale != 1:
+        wrong["embed_scale"] = 1.0
+
     if wrong:
         said = [f"{name} {value}, not {getattr(config, name)}" for name, value in wrong.items()]
         passed = [f"--{name}={value}" for name, value in wrong.items()]

@@ -275,6 +275,7 @@ def test_masks_and_a_tied_head_are_no_weights(tmp_path, tokens):
         (dict(n_embd=48), "n_embd 24, not 48. Pass --n_embd=24"),
         (dict(n_mlp=8), "n_mlp 0, not 8. Pass --n_mlp=0"),
         (dict(block_size=33), "block_size 32, not 33. Pass --block_size=32"),
+        (dict(embed_scale=2.0), "embed_scale 1.0, not 2.0. Pass --embed_scale=1.0"),
         (dict(vocab_size=60), "know 61 tokens, and the model has room for 60"),
         (dict(n_layer=1, bias=False, n_head=3), "Pass --n_layer=2 --n_head=2 --bias=True"),
     ],

@@ -1,0 +1,196 @@
+"""
+A trained model with another mixer.
+
+    >>> new, off = with_mixer(model, "rtbp", None, {})
+    >>> measure(model, new, tokenizer="gpt2", n_vocab=50257, data="data/openwebtext", tokens=4096)
+
+With n streams:
+* The biases of the mix become those at which the other mixer gives the same M, by its inverse. So
+  every M is the same before a token adds to it. Where the other mixer does not reach M, the nearest
+  M that it reaches is taken, and `with_mixer` returns how far off it is.
+* What a token adds to M has no exact counterpart. The rows of phi are multiplied by the derivative
+  of the new logits with respect to the old ones, taken at the biases: the new M is the old one to
+  first order in what the token adds. `measure` tells how far off it is on some tokens.
+* Reads, writes, their gates, scales of M and everything else are copied.
+From one stream, the streams start as equal copies: the new model computes the same function.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from data import TokenBlocks
+from mixers import find_mixer, mixing_logits, mixing_matrix, start_logits
+from model import GPT
+from streams import HyperConnection
+from tokenizer import tokenizer_name
+
+AT_ONCE = 1024  # tokens in a batch that is measured on
+
+
+def with_mixer(old, mixer, n_streams, options):
+    """The model `old` with another mixer -> the new model, and {sublayer: how far an entry of its M
+    is off at the biases}, which is empty where `old` has one stream. Raises ValueError."""
+    config = old.config
+    from_one = find_mixer(config.mixer).one_stream
+    if find_mixer(mixer).one_stream:
+        raise ValueError(f"{mixer} has one stream, and no n streams go into one; name another")
+    if config.x0_scalars:
+        raise ValueError("a model with x0_scalars has no counterpart with n streams")
+    if from_one and not n_streams:
+        raise ValueError("the model has one stream: pass --n_streams=4, or another number")
+    if not from_one and n_streams not in (None, config.n_streams):
+        raise ValueError(f"n_streams stays {config.n_streams}: leave --n_streams={n_streams} out")
+
+    gates = config.gates
+    if not from_one:  # "auto" would follow the mixer, and so change the reads and writes
+        gates = next(m.gates for m in old.modules() if isinstance(m, HyperConnection))
+    changes = dict(mixer=mixer, n_streams=n_streams or config.n_streams, gates=gates)
+    new = GPT(replace(config, **changes, options=options)).eval()
+    same = {name: tensor for name, tensor in old.state_dict().items() if ".hc_" not in name}
+    new.load_state_dict(same, strict=False)  # all but the hyper-connections
+    off = {}
+    for name, module in new.named_modules():
+        if isinstance(module, HyperConnection) and not from_one:
+            off[name] = translate(old.get_submodule(name), module)
+    return new, off
+
+
+@torch.no_grad()
+def translate(old, new):
+    """Give the HyperConnection `new` the parameters of `old`, through the inverse of its mixer.
+
+    -> how far an entry of M is off at the biases, in absolute value.
+    """
+    n, K_old, K_new = old.n_streams, old.n_mixer_logits, new.n_mixer_logits
+    gates, logits, scales = old.bias.double().split([2 * n, K_old, len(old.bias) - 2 * n - K_old])
+    M = mixing_matrix(old.mixer, logits, n, **old.options)
+    nearest = reach(new.mixer, M, new.mix_start, **new.options)
+    new.bias.copy_(torch.cat([gates, nearest, scales]))
+    if old.dynamic:
+        there = jacobian(new.mixer, nearest, n, new.options)  # (n^2, K_new)
+        back = torch.linalg.pinv(there, rtol=1e-6)  # (K_new, n^2)
+        change = back @ jacobian(old.mixer, logits, n, old.options)  # (K_new, K_old)
+        gates, mix, scales = old.phi.double().split([2 * n, K_old, len(scales)])
+        new.phi.copy_(torch.cat([gates, change @ mix, scales]))
+        new.alpha.copy_(old.alpha)
+    logits = new.bias[2 * n : 2 * n + K_new].double()  # as they are stored
+    return (mixing_matrix(new.mixer, logits, n, **new.options) - M).abs().max().item()
+
+
+def jacobian(mixer, logits, n, options):
+    """dM / dlogits, (n^2, K)."""
+
+    def entries(logits):
+        return mixing_matrix(mixer, logits, n, **options).flatten()
+
+    if not len(logits):
+        return logits.new_zeros(n * n, 0)
+    with torch.enable_grad():
+        return torch.autograd.functional.jacobian(entries, logits)
+
+
+def reach(mixer, M, mix_start, **options):
+    """-> the logits (K,) at which the mixer gives M (n, n), or the nearest matrix that it has."""
+    n = len(M)
+    try:
+        logits = mixing_logits(mixer, M, **options)
+        if (mixing_matrix(mixer, logits, n, **options) - M).abs().max() < 1e-6:
+            return logits
+    except ValueError:  # no logits give this M, or no inverse is known
+        pass
+    return nearest_logits(mixer, M, mix_start, **options)
+
+
+def nearest_logits(mixer, M, mix_start, **options):
+    """The logits at which the sum of the squared differences from M is least, from the start on."""
+    logits = start_logits(mixer, len(M), mix_start, **options).double()
+    if not len(logits):
+        return logits
+    logits.requires_grad_()
+    search = torch.optim.LBFGS(
+        [logits],
+        max_iter=300,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def distance():
+        search.zero_grad()
+        squares = (mixing_matrix(mixer, logits, len(M), **options) - M).square().sum()
+        squares.backward()
+        return squares
+
+    with torch.enable_grad():
+        search.step(distance)
+    return logits.detach()
+
+
+def matrices(old, new, idx):
+    """(sublayer, M of the old model, M of the new one), each M (B, T, n, n), on the old streams."""
+    streams = old.embed(idx)
+    x0 = streams.x
+    for layer, block in enumerate(old.blocks):
+        streams = block.start(streams, x0)
+        for part, connection, branch in block.connections():
+            name = f"blocks.{layer}.{part}"
+            if isinstance(connection, HyperConnection):
+                other = new.get_submodule(name)
+                yield name, connection.observe(streams)[2], other.observe(streams)[2]
+            streams = connection(streams, branch)
+
+
+def sequences(block_size, tokenizer, n_vocab, data, tokens):
+    """-> idx and targets (B, T) to measure on, and what they are; the arguments are `measure`'s."""
+    count = max(1, tokens // block_size)
+    if not data:
+        generator = torch.Generator().manual_seed(0)
+        idx = torch.randint(n_vocab, (count, block_size), generator=generator)
+        return idx, idx, "random tokens"
+    blocks = TokenBlocks(data, "val", block_size)
+    if blocks.meta["tokenizer"] != tokenizer:
+        raise ValueError(
+            f"{data} has tokens of {tokenizer_name(blocks.meta['tokenizer'])}, and the "
+            f"checkpoint is of {tokenizer_name(tokenizer)}; name another --data"
+        )
+    return *blocks.in_order(0, min(count, blocks.n_blocks)), f"tokens of {data}"
+
+
+@torch.no_grad()
+def measure(old, new, *, tokenizer, n_vocab, data, tokens):
+    """Lines on how far the new model is from the old one.
+
+    tokens              how many to look at, at least a sequence
+    data                the folder of a data set, whose validation split has them; None: random ones
+    tokenizer, n_vocab  the checkpoint's
+    Raises ValueError for a data set of another tokenizer.
+    """
+    idx, targets, source = sequences(old.config.block_size, tokenizer, n_vocab, data, tokens)
+    share = 1 / len(idx)
+    at_once = max(1, AT_ONCE // idx.shape[1])
+    losses, logits_off, moved = torch.zeros(2), 0.0, 0.0
+    mean_off, most_off = {}, {}  # by sublayer
+    for some, some_targets in zip(idx.split(at_once), targets.split(at_once)):
+        (theirs, old_loss), (ours, new_loss) = old(some, some_targets), new(some, some_targets)
+        losses += share * len(some) * torch.stack([old_loss, new_loss])
+        logits_off = max(logits_off, (ours - theirs).abs().max().item())
+        for name, before, after in matrices(old, new, some):
+            off, here = (after - before).abs(), share * len(some)
+            mean_off[name] = mean_off.get(name, 0.0) + here * off.mean().item()
+            most_off[name] = max(most_off.get(name, 0.0), off.max().item())
+            moved += here * (before - before.mean((0, 1))).abs().mean().item()
+
+    lines = [f"measured on {idx.numel():,} {source}:"]
+    if mean_off:
+        worst, sublayers = max(most_off, key=most_off.get), len(mean_off)
+        lines.append(
+            f"  an entry of M is off by {sum(mean_off.values()) / sublayers:.2g} on average, by "
+            f"{most_off[worst]:.2g} at most ({worst}); between tokens it varies by "
+            f"{moved / sublayers:.2g}"
+        )
+    lines.append(f"  logits are off by {logits_off:.2g} at most")
+    if data:
+        before, after = losses.tolist()
+        lines.append(f"  loss {before:.4f} -> {after:.4f} ({after - before:+.4f})")
+    return lines
