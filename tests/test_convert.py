@@ -369,7 +369,7 @@ def test_the_figures_are_those_of_the_tokens(command, tmp_path):
             pairs = [(ids[i : i + 16], ids[i + 1 : i + 17]) for i in (0, 16)]
             losses.append(sum(each(a[None], b[None])[1].item() for a, b in pairs) / 2)
     before, after = losses
-    assert abs(after - before) > 1e-3, "nothing to measure"
+    assert abs(after - before) > 3e-4, "nothing to measure"
     told = [float(x) for x in re.search(r"loss (.+) -> (.+) \((.+)\)", said).groups()]
     assert told == pytest.approx([before, after, after - before], abs=1.1e-4)
     worst = mean = 0.0
