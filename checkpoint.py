@@ -37,7 +37,8 @@ KEYS = {
 # With another value of one of these it would be another run; so it would with another model_config.
 FIXED = ("seed", "dataset", "total_batch_tokens")
 # These change where a run lies, how it starts and who hears of it, but not the run.
-NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes")
+NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes", "tensorboard")
+NO_CHANGE += ("wandb_project",)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -369,10 +370,12 @@ class Metrics:
     """metrics.jsonl: a JSON object a line.
 
     Opened at `step`, it first drops what a killed run wrote beyond it; opened at None, all that is
-    there. Raises RunError when the disk is full or not writable.
+    there. Raises RunError when the disk is full or not writable. trackers: objects whose `write`
+    gets each line as well, as a dict.
     """
 
-    def __init__(self, out_dir, step):
+    def __init__(self, out_dir, step, trackers=()):
+        self.trackers = trackers
         self.path = Path(out_dir) / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
@@ -393,6 +396,8 @@ class Metrics:
                 f"{self.path}: could not be written ({error.strerror}). Free some space, then go "
                 "on with --init_from=resume"
             ) from error
+        for tracker in self.trackers:
+            tracker.write(record)
 
 
 def _step_of(line):

@@ -44,6 +44,7 @@ from model import GPT, GPTConfig
 from progress import Clock, Tally, log_line, measure
 from runtime import RunError, on_all_ranks, on_rank_0, print0
 from tokenizer import tokenizer_name
+from trackers import check_packages, open_trackers
 
 # Run
 out_dir = "out"  # checkpoints, metrics.jsonl and config.json go here
@@ -55,6 +56,8 @@ eval_tokens = 20 * 12 * 8 * 1024  # validation tokens an evaluation reads, the s
 log_interval = 1  # steps between log lines; each waits for the device
 checkpoint_interval = 2000  # steps between checkpoints
 keep_checkpoints = 2  # how many of the newest to keep, beside the best
+tensorboard = False  # what goes to metrics.jsonl goes to out_dir/tensorboard too
+wandb_project = ""  # and to this project of Weights & Biases
 # Data
 data_dir = "data"  # where prepare_data.py writes
 dataset = "openwebtext"  # a folder of data_dir
@@ -124,6 +127,7 @@ def check_knobs():
     if not 0 < hang_minutes < 1e6:
         raise ValueError(f"hang_minutes must be above 0, not {hang_minutes}")
     warm_start.check_source(init_from)
+    check_packages(config)
     if not out_dir:
         raise ValueError("out_dir is empty; give the run a folder, such as --out_dir=out/tbp")
     if not 0 <= activation_memory_budget <= 1:
@@ -226,7 +230,8 @@ def open_metrics(step, provenance):
     """Write config.json and open metrics.jsonl, which keeps its lines up to `step`."""
     text = json.dumps({**config, "provenance": provenance}, indent=1)
     write_atomic(os.path.join(out_dir, "config.json"), text.encode())
-    return checkpoint.Metrics(out_dir, step)
+    trackers = open_trackers(config, step, provenance)
+    return checkpoint.Metrics(out_dir, step, trackers)
 
 
 # ---- what the loop calls -------------------------------------------------------------------------
