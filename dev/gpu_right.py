@@ -132,13 +132,22 @@ def train(out_dir, processes=1, **knobs):
 
 
 def kill_at_half(out_dir):
-    """Begin a run and kill it (SIGKILL) once the checkpoint at half of its steps is there."""
+    """Begin a run and kill it (SIGKILL) once the checkpoint at half of its steps is there.
+
+    RuntimeError where it ends without one.
+    """
     half = out_dir / f"ckpt_{max(1, max_iters // 4) * 2:07d}.pt"
     process = subprocess.Popen(train_command(out_dir), cwd=ROOT, stdout=subprocess.DEVNULL)
     while not half.exists() and process.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.kill()
     process.wait()
+    if not half.exists():
+        raise RuntimeError(f"the run that was to be killed ended without {half}")
+    # A fast run gets further before the signal reaches it.
+    for checkpoint in out_dir.glob("ckpt_*.pt"):
+        if checkpoint > half:
+            checkpoint.unlink()
 
 
 def losses(out_dir):

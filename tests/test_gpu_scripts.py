@@ -37,19 +37,18 @@ def script(monkeypatch, tmp_path):
 
 def test_right_on_a_cpu(tmp_path):
     """All of it, once: killed and resumed, two processes on one device, compiled gradients."""
-    knobs = "--mixers=identity --streams=2 --dtypes=float32 --batch_size=2 --max_iters=4"
+    knobs = "--mixers=residual --dtypes=float32 --batch_size=2 --max_iters=4"
     arguments = [*TINY, *knobs.split(), "--compile_runs=False", f"--folder={tmp_path}/out"]
-    output = run("-m", "dev.gpu_right", *arguments)
+    output = run("-m", "dev.gpu_right", *arguments, timeout=900)
     lines = (tmp_path / "out" / "right.jsonl").read_text().splitlines()
-    about, resumed, shared, *gradients = map(json.loads, lines)
+    about, resumed, shared, gradients = map(json.loads, lines)
     assert about["provenance"]["torch"] == torch.__version__ and about["machine"]["processor"]
     assert resumed["check"] == "killed and resumed, to the bit" and resumed["ok"]
     assert shared["check"] == "two processes on one device" and shared["ok"]
     assert 0 < shared["compiled"] < 1e-3  # not the same bits: two processes did share the sums
-    cases = [("identity", True, 2, "float32"), ("identity", False, 2, "float32")]
-    assert [tuple(result["case"]) for result in gradients] == cases
-    assert all(result["ok"] and result["to_eager"] > 0 for result in gradients)
-    assert "4 right, 0 wrong, 0 left" in output
+    assert gradients["case"] == ["residual", True, 1, "float32"]
+    assert gradients["ok"] and gradients["to_eager"] > 0
+    assert "3 right, 0 wrong, 0 left" in output
 
 
 def wrong_in_one_gradient(model):
