@@ -10,6 +10,8 @@ Train a GPT with mixed residual streams.
     python train.py config/finetune.py --init_from=out/tbp --dataset=mytexts
     python train.py --help                                           # every knob
 
+Several machines, and SLURM: dev/many_machines.md.
+
 The knobs below are those of GPT-2 124M with 4 TBP streams on OpenWebText; config files and
 --key=value override them.
 
@@ -125,7 +127,7 @@ def check_knobs():
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
     if not 0 < hang_minutes < 1e6:
-        raise ValueError(f"hang_minutes must be above 0, not {hang_minutes}")
+        raise ValueError(f"hang_minutes must be above 0 and below a million, not {hang_minutes}")
     warm_start.check_source(init_from)
     check_packages(config)
     if not out_dir:
