@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, load, records, run, same_weights, torchrun
+from conftest import ROOT, assert_same_run, load, records, run, run_with, same_weights, torchrun
 
 from data import read_meta, write_meta, write_shard
 from mixers import MIXERS
@@ -385,7 +385,8 @@ def test_the_best_is_the_one_with_the_lowest_loss(tiny, tmp_path):
     assert 0 < best < 10, "choose rates with which it gets better and then worse"
     state = load(tmp_path / "out" / "best.pt")
     assert state["step"] == best and state["best_val"] == vals[best]
-    assert (tmp_path / "out" / "ckpt_0000010.pt").exists(), "the end is not kept"
+    end = load(tmp_path / "out" / "ckpt_0000010.pt")
+    assert end["step"] == 10 and end["best_val"] == vals[best]
 
 
 def test_eval_only_evaluates_and_writes_nothing(tiny, tmp_path):
@@ -398,6 +399,21 @@ def test_eval_only_evaluates_and_writes_nothing(tiny, tmp_path):
         assert contents(tmp_path / "out") == before
     assert "step 0 | val" in run(*tiny, f"--out_dir={tmp_path}/new", "--eval_only=True")
     assert not (tmp_path / "new").exists()
+
+
+def test_log_lines_time_steps_alone(tiny, tmp_path):
+    """Neither evaluations nor checkpoints, each of which takes 1000 s here."""
+    slow = """
+import time, mixers, checkpoint
+now, extra = time.time, []
+time.time = lambda: now() + 1000 * len(extra)
+gain, save = mixers.composite_gain, checkpoint.save
+mixers.composite_gain = lambda *arguments: extra.append(1) or gain(*arguments)
+checkpoint.save = lambda *arguments, **named: extra.append(1) or save(*arguments, **named)"""
+    run_with(slow, *tiny, "--log_interval=5", "--max_iters=10")
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    times = [line["ms"] for line in map(json.loads, lines) if "ms" in line]
+    assert len(times) == 3 and max(times) < 100_000
 
 
 def test_a_log_line_tells_the_time_left(tiny):
