@@ -1,0 +1,134 @@
+"""
+Tokens per second of generation on a CPU, beside nanoGPT's way of doing it.
+
+    OMP_NUM_THREADS=2 python -m dev.cpu_generate                    # 12 layers x 768, float32
+    OMP_NUM_THREADS=2 python -m dev.cpu_generate --dtype=bfloat16
+
+The yardstick runs the one-stream model eagerly on the whole text for every token, as nanoGPT's
+`generate` does. All take turns in one process: at each of `places` places, evenly spaced over the
+new tokens, first one token of the yardstick, then `steps` of each model with a cache. The time of
+the yardstick is the mean over the places, since it grows with the text; the others' is the median.
+CPU seconds are those of all threads; on a busy machine they are the steadier figure, with one
+thread, for threads that wait for each other spend them as well. Weights are random: they do not
+change the time.
+"""
+
+import statistics
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+from configurator import configure
+from dev.table import print_table
+from generate import Decoder, cast_weights, sample_token
+from model import GPT, GPTConfig
+
+mixers = "residual,tbp"  # names of mixers.MIXERS; the first is the yardstick's model
+n_streams = 4
+prompt_tokens = 16
+new_tokens = 200
+places = 10
+steps = 4  # of each model at a place
+top_k = 200
+n_layer = 12
+n_embd = 768
+n_head = 12
+block_size = 1024
+vocab_size = 50304
+dtype = "float32"  # or bfloat16
+compile = True  # the step of a token
+config = configure(globals())
+
+COLUMNS = {
+    "model": "model",
+    "ms a token": "wall",
+    "to the yardstick": "gain",
+    "CPU ms": "cpu",
+    "to the yardstick, CPU": "cpu_gain",
+}
+
+
+def build(mixer):
+    torch.manual_seed(0)
+    n = 1 if mixer == "residual" else n_streams
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": block_size}
+    model = GPT(GPTConfig(**sizes, vocab_size=vocab_size, mixer=mixer, n_streams=n)).eval()
+    activations = getattr(torch, dtype)
+    if activations != torch.float32:
+        cast_weights(model, activations)
+    return model
+
+
+@torch.no_grad()
+def yardstick_step(model, text):
+    """One token as nanoGPT's generate finds it: text (1, T) -> (1, T + 1)."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        streams = model.embed(text)
+        x0 = streams.x
+        for block in model.blocks:
+            streams = block(streams, x0)
+        logits = model.head(streams.at([text.shape[1] - 1]), model.embed.wte.weight)[0][:, 0]
+    logits = logits.float()
+    kth = logits.topk(top_k).values[:, -1:]
+    probabilities = F.softmax(logits.masked_fill(logits < kth, -torch.inf), -1)
+    return torch.cat([text, torch.multinomial(probabilities, 1)], 1)
+
+
+def decoder_step(decoder, logits, draws):
+    """One token of a decoder, from the logits of the one before."""
+    return decoder.step(sample_token(logits, draws, top_k=top_k), [True])
+
+
+class Times:
+    """Seconds of each call, by the clock on the wall and by the CPU's."""
+
+    def __init__(self):
+        self.wall, self.cpu = [], []
+
+    def call(self, work, *arguments):
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work(*arguments)
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        return result
+
+
+def main():
+    models = {name: build(name) for name in mixers.split(",")}
+    plain = next(iter(models.values()))
+    length, draws = prompt_tokens + new_tokens, torch.rand(1, dtype=torch.float64)
+    decoders, logits = {}, {}
+    for name, model in models.items():
+        decoders[name] = Decoder(model, 1, length, dtype=getattr(torch, dtype), compiled=compile)
+        logits[name] = decoders[name].read([0], [[0] * prompt_tokens])
+        began = time.perf_counter()
+        logits[name] = decoder_step(decoders[name], logits[name], draws)
+        print(f"{name}: the first step took {time.perf_counter() - began:.1f} s", flush=True)
+
+    yardstick, times = Times(), {name: Times() for name in models}
+    yardstick_step(plain, torch.zeros(1, prompt_tokens, dtype=torch.int64))  # warms up
+    for place in range(places):
+        at = prompt_tokens + int((place + 0.5) * new_tokens / places)
+        yardstick.call(yardstick_step, plain, torch.zeros(1, at, dtype=torch.int64))
+        for name, decoder in decoders.items():
+            decoder.used = [at]
+            for _ in range(steps):
+                logits[name] = times[name].call(decoder_step, decoder, logits[name], draws)
+
+    base = {"wall": statistics.mean(yardstick.wall), "cpu": statistics.mean(yardstick.cpu)}
+    rows = [{"model": "nanoGPT's loop", **{key: s * 1e3 for key, s in base.items()}}]
+    for name, own in times.items():
+        wall, cpu = statistics.median(own.wall), statistics.median(own.cpu)
+        row = {"model": f"{name}, n = {models[name].config.n_streams}"}
+        row |= {"wall": wall * 1e3, "gain": base["wall"] / wall}
+        rows.append(row | {"cpu": cpu * 1e3, "cpu_gain": base["cpu"] / cpu})
+    print_table(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # what the user can put right
+        sys.exit(f"{type(error).__name__}: {error}")
