@@ -34,7 +34,7 @@ import scoring
 from configurator import configure
 from corpus import ask_hub, read_whole
 from data import DataError, brief, probe, read_meta, read_shard, write_atomic
-from runtime import RunError, pick_device, provenance
+from runtime import RunError, pick_device, provenance, why_not_compiled
 from tokenizer import tokenizer_name
 from trained import activation_dtype, open_trained
 
@@ -303,5 +303,9 @@ if __name__ == "__main__":
         main()
     except (RunError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except (OSError, RuntimeError) as error:
+        if not (reason := why_not_compiled(error)):
+            raise
+        sys.exit(reason)
     except KeyboardInterrupt:
         sys.exit(130)

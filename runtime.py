@@ -219,6 +219,23 @@ def loss_and_gradients(model, sample, autocast):
     return found
 
 
+def why_not_compiled(error):
+    """A line for the user of a machine on which torch.compile cannot work, for want of a compiler
+    or of a place to write; None where `error` is something else."""
+    if isinstance(error, OSError):
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # torch's own name
+        failed = cache in str(error.filename)
+    else:
+        failed = "BackendCompilerFailed" in [kind.__name__ for kind in type(error).__mro__]
+    if not failed:
+        return None
+    reason = str(error).splitlines()[0]
+    return (
+        f"torch.compile does not work here ({reason}). It needs a C++ compiler (CXX names one) and "
+        "a folder to write to (TORCHINDUCTOR_CACHE_DIR names one); or do without: --compile=False"
+    )
+
+
 # ---- where a result comes from -------------------------------------------------------------------
 
 

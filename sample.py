@@ -25,7 +25,7 @@ import torch
 from configurator import configure
 from corpus import read_whole
 from generate import Decoder, cast_weights, generate
-from runtime import RunError, pick_device
+from runtime import RunError, pick_device, why_not_compiled
 from tokenizer import END_OF_TEXT, clean
 from trained import activation_dtype, open_trained
 
@@ -272,5 +272,9 @@ if __name__ == "__main__":
         main()
     except (RunError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except (OSError, RuntimeError) as error:
+        if not (reason := why_not_compiled(error)):
+            raise
+        sys.exit(reason)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -134,6 +134,20 @@ def test_the_compiled_step_and_bfloat16(out_dir):
     assert "--- sample 1 ---\nabc" in run(*command, "--dtype=bfloat16")
 
 
+@pytest.mark.parametrize(
+    "environment, says",
+    [
+        ({"CXX": "/no/g++"}, "No working C++ compiler found"),
+        ({"TORCHINDUCTOR_CACHE_DIR": "/proc/none"}, "No such file or directory: '/proc/none'"),
+    ],
+)
+def test_a_machine_that_cannot_compile_is_told_what_to_do(environment, says, out_dir, tmp_path):
+    command = ["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=3"]
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | environment
+    said = run_with("", *command, ok=False, **environment)
+    assert says in said and "TORCHINDUCTOR_CACHE_DIR" in said and "--compile=False" in said
+
+
 def test_a_model_with_bfloat16_streams(tmp_path):
     write_checkpoint(tmp_path / "run", GPT(GPTConfig(**SIZES, stream_dtype="bfloat16")))
     command = ["sample.py", f"--out_dir={tmp_path}/run", *SMALL]
