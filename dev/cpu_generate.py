@@ -2,15 +2,16 @@
 Tokens per second of generation on a CPU, beside nanoGPT's way of doing it.
 
     OMP_NUM_THREADS=2 python -m dev.cpu_generate                    # 12 layers x 768, float32
+    OMP_NUM_THREADS=2 python -m dev.cpu_generate --rows=10          # ten samples side by side
     OMP_NUM_THREADS=2 python -m dev.cpu_generate --dtype=bfloat16
 
 The yardstick runs the one-stream model eagerly on the whole text for every token, as nanoGPT's
-`generate` does. All take turns in one process: at each of `places` places, evenly spaced over the
-new tokens, first one token of the yardstick, then `steps` of each model with a cache. The time of
-the yardstick is the mean over the places, since it grows with the text; the others' is the median.
-CPU seconds are those of all threads; on a busy machine they are the steadier figure, with one
-thread, for threads that wait for each other spend them as well. Weights are random: they do not
-change the time.
+`generate` does; on a CPU that is in float32, and one sample after the other. All take turns in one
+process: at each of `places` places, evenly spaced over the new tokens, first one token of the
+yardstick, then `steps` of each model with a cache. The time of the yardstick is the mean over the
+places, since it grows with the text; the others' is the median. CPU seconds are those of all
+threads; on a busy machine they are the steadier figure, with one thread, for threads that wait for
+each other spend them as well. Weights are random: they do not change the time.
 """
 
 import statistics
@@ -25,19 +26,20 @@ from dev.table import print_table
 from generate import Decoder, cast_weights, sample_token
 from model import GPT, GPTConfig
 
-mixers = "residual,tbp"  # names of mixers.MIXERS; the first is the yardstick's model
+mixers = "residual,tbp"  # names of mixers.MIXERS
 n_streams = 4
 prompt_tokens = 16
 new_tokens = 200
 places = 10
 steps = 4  # of each model at a place
+rows = 1  # texts that the models with a cache continue side by side
 top_k = 200
 n_layer = 12
 n_embd = 768
 n_head = 12
 block_size = 1024
 vocab_size = 50304
-dtype = "float32"  # or bfloat16
+dtype = "float32"  # of the models with a cache, or bfloat16
 compile = True  # the step of a token
 config = configure(globals())
 
@@ -54,23 +56,17 @@ def build(mixer):
     torch.manual_seed(0)
     n = 1 if mixer == "residual" else n_streams
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": block_size}
-    model = GPT(GPTConfig(**sizes, vocab_size=vocab_size, mixer=mixer, n_streams=n)).eval()
-    activations = getattr(torch, dtype)
-    if activations != torch.float32:
-        cast_weights(model, activations)
-    return model
+    return GPT(GPTConfig(**sizes, vocab_size=vocab_size, mixer=mixer, n_streams=n)).eval()
 
 
 @torch.no_grad()
 def yardstick_step(model, text):
     """One token as nanoGPT's generate finds it: text (1, T) -> (1, T + 1)."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        streams = model.embed(text)
-        x0 = streams.x
-        for block in model.blocks:
-            streams = block(streams, x0)
-        logits = model.head(streams.at([text.shape[1] - 1]), model.embed.wte.weight)[0][:, 0]
-    logits = logits.float()
+    streams = model.embed(text)
+    x0 = streams.x
+    for block in model.blocks:
+        streams = block(streams, x0)
+    logits = model.head(streams.at([text.shape[1] - 1]), model.embed.wte.weight)[0][:, 0]
     kth = logits.topk(top_k).values[:, -1:]
     probabilities = F.softmax(logits.masked_fill(logits < kth, -torch.inf), -1)
     return torch.cat([text, torch.multinomial(probabilities, 1)], 1)
@@ -78,7 +74,7 @@ def yardstick_step(model, text):
 
 def decoder_step(decoder, logits, draws):
     """One token of a decoder, from the logits of the one before."""
-    return decoder.step(sample_token(logits, draws, top_k=top_k), [True])
+    return decoder.step(sample_token(logits, draws, top_k=top_k), [True] * rows)
 
 
 class Times:
@@ -96,13 +92,15 @@ class Times:
 
 
 def main():
-    models = {name: build(name) for name in mixers.split(",")}
-    plain = next(iter(models.values()))
-    length, draws = prompt_tokens + new_tokens, torch.rand(1, dtype=torch.float64)
+    plain, models = build("residual"), {name: build(name) for name in mixers.split(",")}
+    activations = getattr(torch, dtype)
+    length, draws = prompt_tokens + new_tokens, torch.rand(rows, dtype=torch.float64)
     decoders, logits = {}, {}
     for name, model in models.items():
-        decoders[name] = Decoder(model, 1, length, dtype=getattr(torch, dtype), compiled=compile)
-        logits[name] = decoders[name].read([0], [[0] * prompt_tokens])
+        if activations != torch.float32:
+            cast_weights(model, activations)
+        decoders[name] = Decoder(model, rows, length, dtype=activations, compiled=compile)
+        logits[name] = decoders[name].read(list(range(rows)), [[0] * prompt_tokens] * rows)
         began = time.perf_counter()
         logits[name] = decoder_step(decoders[name], logits[name], draws)
         print(f"{name}: the first step took {time.perf_counter() - began:.1f} s", flush=True)
@@ -113,18 +111,18 @@ def main():
         at = prompt_tokens + int((place + 0.5) * new_tokens / places)
         yardstick.call(yardstick_step, plain, torch.zeros(1, at, dtype=torch.int64))
         for name, decoder in decoders.items():
-            decoder.used = [at]
+            decoder.used = [at] * rows
             for _ in range(steps):
                 logits[name] = times[name].call(decoder_step, decoder, logits[name], draws)
 
     base = {"wall": statistics.mean(yardstick.wall), "cpu": statistics.mean(yardstick.cpu)}
-    rows = [{"model": "nanoGPT's loop", **{key: s * 1e3 for key, s in base.items()}}]
+    lines = [{"model": "nanoGPT's loop", **{key: s * 1e3 for key, s in base.items()}}]
     for name, own in times.items():
-        wall, cpu = statistics.median(own.wall), statistics.median(own.cpu)
+        wall, cpu = statistics.median(own.wall) / rows, statistics.median(own.cpu) / rows
         row = {"model": f"{name}, n = {models[name].config.n_streams}"}
         row |= {"wall": wall * 1e3, "gain": base["wall"] / wall}
-        rows.append(row | {"cpu": cpu * 1e3, "cpu_gain": base["cpu"] / cpu})
-    print_table(rows, COLUMNS)
+        lines.append(row | {"cpu": cpu * 1e3, "cpu_gain": base["cpu"] / cpu})
+    print_table(lines, COLUMNS)
 
 
 if __name__ == "__main__":
