@@ -3,9 +3,10 @@ Transportation charts: (n-1)^2 logits -> every doubly stochastic n x n matrix, e
 RTBP, 2605.21724). The mixers tbp and rtbp are these two.
 
 A chart walks over M and asks `choose(lo, hi, rows, cols)` for the mass of a block of M, which may
-lie anywhere between lo and hi. Forward, the next logit says where. Backward, M is known, and the
-logit that says so is written down: on the interior of the polytope it exists and is unique. Every
-choice leaves a problem that has a solution, so nothing is ever projected or renormalised.
+lie anywhere between lo and hi. In the map, the next logit says where. In the inverse, M is known,
+and the logit that gives its mass is written down: on the interior of the polytope that logit exists
+and is unique. Every choice leaves a problem that has a solution, so nothing is ever projected or
+renormalised.
 
 As in mixers.py, M is a list of n rows of n planes. Rows and columns of a block are ranges.
 """
@@ -17,27 +18,34 @@ import torch
 STRAIGHT_LINE = 8  # streams; with more, the forms at the end walk many entries at a time
 
 
-def walk(chart, planes, n):
-    """(n-1)^2 planes of logits -> n rows of n planes."""
-    logits = iter(planes)
+class Choose:
+    """The map: the next logit says where the mass lies. Which block it is does not matter."""
 
-    def choose(lo, hi, rows, cols):
-        return point(lo, hi, next(logits))
+    def __init__(self, logits):
+        self.logits = iter(logits)
 
-    return chart(choose, n, torch.ones_like(planes[0]))
+    def __call__(self, lo, hi, rows, cols):
+        return point(lo, hi, next(self.logits))
+
+
+class Recall:
+    """The inverse: the mass is what M has, and the logit that gives it is written down."""
+
+    def __init__(self, M):
+        self.M, self.logits = M, []
+
+    def __call__(self, lo, hi, rows, cols):
+        block = self.M[..., rows.start : rows.stop, cols.start : cols.stop]
+        mass = block.sum((-2, -1))
+        self.logits.append(((mass - lo) / (hi - lo)).logit())
+        return mass
 
 
 def inverse(chart, M, n):
     """M (..., n, n) -> logits (..., (n-1)^2), not finite on the border of the polytope."""
-    logits = []
-
-    def recall(lo, hi, rows, cols):
-        mass = M[..., rows.start : rows.stop, cols.start : cols.stop].sum((-2, -1))
-        logits.append(((mass - lo) / (hi - lo)).logit())
-        return mass
-
+    recall = Recall(M)
     chart(recall, n, torch.ones_like(M[..., 0, 0]))
-    return torch.stack(logits, -1)
+    return torch.stack(recall.logits, -1)
 
 
 def point(lo, hi, logit):
@@ -52,7 +60,7 @@ def tbp(planes, n):
     """The transportation chart, entry by entry (TBP, 2605.21724)."""
     if n > STRAIGHT_LINE:
         return tbp_by_diagonals(torch.stack(planes), n)
-    return walk(tbp_chart, planes, n)
+    return tbp_chart(Choose(planes), n, torch.ones_like(planes[0]))
 
 
 def tbp_chart(choose, n, one):
@@ -84,19 +92,17 @@ def rtbp(planes, n):
     """The transportation chart, recursive (RTBP, 2605.21724)."""
     if n > STRAIGHT_LINE:
         return rtbp_by_quarters(torch.stack(planes), n)
-    return walk(rtbp_chart, planes, n)
+    return rtbp_chart(Choose(planes), n, torch.ones_like(planes[0]))
 
 
 def rtbp_chart(choose, n, one):
-    """Split the mass over four blocks, spread each over its rows and columns, and recurse."""
+    """Split the mass over four blocks, choose the row and column sums of each, and recurse."""
     return transport(choose, range(n), range(n), [one] * n, [one] * n)
 
 
 def transport(choose, rows, cols, r, c):
     """The block rows x cols of M, whose rows sum to r and whose columns sum to c."""
     n = len(rows)
-    if n == 1:
-        return [[r[0]]]
     if n == 2:
         lo, hi = (r[0] - c[1]).relu(), torch.minimum(r[0], c[0])
         m = choose(lo, hi, rows[:1], cols[:1])
@@ -112,6 +118,7 @@ def transport(choose, rows, cols, r, c):
     top, bottom, left, right = rows[:h], rows[h:], cols[:h], cols[h:]
     R1, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
     m11 = choose((R1 - C2).relu(), torch.minimum(R1, C1), top, left)
+    # a and g: row sums of the left blocks; u and s: column sums of the top left and top right.
     a = spread(choose, m11, r[:h], top, left, by_rows=True)
     g = spread(choose, C1 - m11, r[h:], bottom, left, by_rows=True)
     u = spread(choose, m11, c[:h], top, left, by_rows=False)
@@ -128,7 +135,7 @@ def transport(choose, rows, cols, r, c):
 
 
 def border(choose, rows, cols, r, c):
-    """-> the last entry, what the last column has above it, and the last row before it."""
+    """-> the corner entry, the rest of the last column, the rest of the last row."""
     lo, hi = (r[-1] - sum(c[:-1])).relu(), torch.minimum(r[-1], c[-1])
     m = choose(lo, hi, rows[-1:], cols[-1:])
     last_col = spread(choose, c[-1] - m, r[:-1], rows[:-1], cols[-1:], by_rows=True)
@@ -165,12 +172,14 @@ def remaining(margins, taken):
 def tbp_by_diagonals(logits, n):
     """`tbp_chart` one antidiagonal at a time: logits ((n-1)^2, ...) -> n rows of n planes.
 
-    The entries (i, d - i) of antidiagonal d depend only on the antidiagonals before. Each variable
-    has a row for each active i, from the top:
+    The entries (i, d - i) of antidiagonal d depend only on the antidiagonals before: what is left
+    of the columns right of (i + 1, j) is what was left right of (i, j), less what row i has left.
+    Each variable has a row for each active i, from the top:
     r      what is left of row i
     c      what is left of column d - i
-    right  what is left of all columns right of that one. It falls from n - 1 to where 1e-7 counts,
-    lost   so what its rounding loses is kept here (Kahan's compensated summation).
+    right  what is left of all columns right of that one
+    lost   the rounding error of `right` so far, kept apart (Neumaier's compensated summation):
+           `right` shrinks from n - 1 to where 1e-7 counts
     """
     one = torch.ones_like(logits[:1])
     diagonals, last_column, last_row = [], [], []
@@ -205,11 +214,8 @@ def rtbp_by_quarters(logits, n):
 
 
 def transport_by_quarters(logits, r, c):
-    n, logit = len(r), iter(logits)
-
-    def choose(lo, hi, rows, cols):
-        return point(lo, hi, next(logit))
-
+    """`transport` for any n: planes (..., ) with logits (K, ...) in the chart's order."""
+    n, choose = len(r), Choose(logits)
     if n <= 4:
         return transport(choose, range(n), range(n), r, c)
     if n % 2:
@@ -218,14 +224,15 @@ def transport_by_quarters(logits, r, c):
         inner = transport_by_quarters(logits[2 * n - 3 :], r, c)
         return [row + [last] for row, last in zip(inner, last_col)] + [last_row + [corner]]
 
-    # The four spreads of `transport`, a, g, u and s, side by side in one tensor.
+    # The four spreads of `transport`, a, g, u and s, side by side in one tensor. Which rows and
+    # columns they are of does not matter to Choose.
     h = n // 2
     R1, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
     m11 = choose((R1 - C2).relu(), torch.minimum(R1, C1), range(h), range(h))
     mass = torch.stack([m11, C1 - m11, m11, R1 - m11])
     capacity = [torch.stack(planes) for planes in zip(r[:h], r[h:], c[:h], c[h:])]
-    logit = iter(logits[1 : 4 * h - 3].unflatten(0, (4, h - 1)).unbind(1))
-    shares = spread(choose, mass, capacity, range(h), range(h), by_rows=True)
+    choose_four = Choose(logits[1 : 4 * h - 3].unflatten(0, (4, h - 1)).unbind(1))
+    shares = spread(choose_four, mass, capacity, range(h), range(h), by_rows=True)
     a, g, u, s = zip(*(share.unbind(0) for share in shares))
 
     rows = [torch.stack(planes) for planes in zip(a, remaining(r[:h], a), g, remaining(r[h:], g))]
@@ -233,6 +240,7 @@ def transport_by_quarters(logits, r, c):
     blocks = logits[4 * h - 3 :].unflatten(0, (4, (h - 1) ** 2)).transpose(0, 1)
     quarters = transport_by_quarters(blocks, rows, cols)  # planes (4, ...)
     whole = [[plane.unbind(0) for plane in row] for row in quarters]
+    # The four planes of an entry are those of the top left, top right, bottom left, bottom right.
     top = [[p[0] for p in row] + [p[1] for p in row] for row in whole]
     bottom = [[p[2] for p in row] + [p[3] for p in row] for row in whole]
     return top + bottom

@@ -6,11 +6,12 @@ Mixers: K logits -> the n x n matrix M that mixes the n residual streams.
 
 The contract, `class Mixer`, comes first. Then each mixer has a section of its own: the map, its
 inverse, its start, and its entry in `MIXERS`. The model, the tests, the benchmark and the studies
-walk that registry, so a new mixer is one section and nothing else.
+walk that registry, so a new mixer is one section here (and its oracle in tests/oracle.py).
 
 Inside a mixer, M is a list of n rows, and a row is a list of n *planes*. A plane is a tensor of the
-shape of one logit: (B, T) in the model, one entry of M for all tokens. On planes, a mixer is a
-straight line of pointwise operations, and torch.compile makes one kernel of it.
+shape of one logit: (B, T) in the model, one entry of M for all tokens. For few streams a mixer is a
+straight line of pointwise operations on planes, which torch.compile fuses into one kernel. For more
+streams, permutation, tbp and rtbp work on stacked planes.
 
 Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732, KromHC 2601.21579, TBP and RTBP
 2605.21724, identity mixing 2607.28611.
@@ -45,12 +46,12 @@ class Mixer:
     """One way to mix n streams.
 
     n_logits(n)                -> K. ValueError for an n where the mixer is not defined.
-    rows(planes, n, **options) -> n rows of n planes, from K planes. No rows at all mean M = I.
+    map(planes, n, **options)  -> n rows of n planes, from K planes. No rows at all mean M = I.
     inverse(M, n, **options)   -> logits (..., K) of M (..., n, n) in float64, not finite where no
                                   logits give M. None: the inverse is not known.
     start(n, eps)              -> logits (K,) at which training starts. None: the logits of
                                   (1 - eps) I + (eps / n) 11^T, by the inverse.
-    options                    what `rows` and `inverse` take beside that, by name.
+    options                    what `map` and `inverse` take beside that, by name.
 
     The rest are promises, to which the tests hold a mixer:
     doubly_stochastic    M is doubly stochastic, exactly or in the limit of many rounds
@@ -63,7 +64,7 @@ class Mixer:
     """
 
     n_logits: Callable
-    rows: Callable
+    map: Callable
     inverse: Callable | None = None
     start: Callable | None = None
     options: dict[str, Option] = field(default_factory=dict)
@@ -150,7 +151,7 @@ def mixing_matrix(name, logits, n_streams, **options):
             f"{logits.shape[-1] if logits.ndim else 'a scalar'} (shape {tuple(logits.shape)})"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rows = MIXERS[name].rows(logits.unbind(-1), n_streams, **options)
+    rows = MIXERS[name].map(logits.unbind(-1), n_streams, **options)
     if not rows:
         eye = torch.eye(n_streams, dtype=logits.dtype, device=logits.device)
         return eye.expand(*logits.shape[:-1], -1, -1)
@@ -165,8 +166,8 @@ DS_TOLERANCE = 1e-4
 def mixing_logits(name, matrix, **options):
     """The inverse of `mixing_matrix`: M (..., n, n) -> logits (..., K), in M's dtype.
 
-    Computed in float64. ValueError for a matrix that is not doubly stochastic, lies on the border
-    of the polytope, or that the mixer cannot reach, and for a mixer without an inverse.
+    Computed in float64. ValueError for a matrix whose sums or signs the mixer does not allow, for
+    one that it reaches only with infinite logits or not at all, and for a mixer without an inverse.
     """
     n = matrix.shape[-1] if matrix.ndim else 0
     if matrix.ndim < 2 or matrix.shape[-2] != n:
@@ -179,18 +180,32 @@ def mixing_logits(name, matrix, **options):
         return matrix.new_zeros(*matrix.shape[:-2], K)
 
     M = matrix.detach().double()
-    error = ds_error(M).max()
-    if mixer.doubly_stochastic and not error <= DS_TOLERANCE:  # true of a NaN as well
-        raise ValueError(
-            f"M is not doubly stochastic: its worst entry, row or column sum is off by {error:.3g}"
-        )
+    refuse_other_sums(mixer, M)
     logits = mixer.inverse(M, n, **options)
     if not logits.isfinite().all():
         raise ValueError(
-            f"M lies on the border of the polytope (smallest entry {M.min():.3g}), which {name} "
-            f"reaches only with infinite logits; move M inside: 0.999 * M + 0.001 / {n}"
+            f"{name} reaches this M only with infinite logits (smallest entry {M.min():.3g}); "
+            f"move M away from the border: 0.999 * M + 0.001 / {n}"
         )
     return logits.to(matrix.dtype)
+
+
+def refuse_other_sums(mixer, M):
+    """ValueError for M (..., n, n) with sums or signs that the mixer never gives. A NaN is one."""
+    if mixer.doubly_stochastic:
+        error = ds_error(M).max()
+        if not error <= DS_TOLERANCE:
+            raise ValueError(
+                "M is not doubly stochastic: its worst entry, row or column sum is off by "
+                f"{error:.3g}"
+            )
+        return
+    for axis, dim in (("rows", -1), ("columns", -2)):
+        error = (M.sum(dim) - 1).abs().max()
+        if axis in mixer.exact_sums and not error <= DS_TOLERANCE:
+            raise ValueError(f"the {axis} of M do not sum to 1: the worst is off by {error:.3g}")
+    if mixer.nonnegative and not M.min() >= 0:
+        raise ValueError(f"M has an entry below 0: {M.min():.3g}")
 
 
 def ds_error(M):
@@ -205,7 +220,8 @@ def composite_gain(matrices):
     """How much a signal can grow on its way through all of `matrices`, a list of (n, n), or back.
 
     The largest absolute row or column sum of any product M_L ... M_l with l <= L (the Amax gain of
-    2512.24880). It is 1 where all matrices are doubly stochastic, and for an empty list.
+    2512.24880): row sums bound a signal on its way forward, column sums a gradient. The product of
+    no matrices, I, counts as well, so the gain is never below 1.
     """
     largest = torch.ones((), dtype=torch.float64)
     products = None  # (number of products that end at this matrix, n, n)
@@ -244,16 +260,16 @@ def identity(planes, n):
 def identity_inverse(M, n):
     error = (M - torch.eye(n).to(M)).abs().max()
     if error > 1e-5:
-        raise ValueError(f"M is off by {error:.3g} from I, the only matrix without logits")
+        raise ValueError(f"M is off by {error:.3g} from I, all that a mixer without logits reaches")
     return M.new_zeros(*M.shape[:-2], 0)
 
 
 MIXERS["residual"] = Mixer(
-    n_logits=lambda n: 0, rows=identity, inverse=identity_inverse, one_stream=True
+    n_logits=lambda n: 0, map=identity, inverse=identity_inverse, one_stream=True
 )
 MIXERS["identity"] = Mixer(
     n_logits=lambda n: 0,
-    rows=identity,
+    map=identity,
     inverse=identity_inverse,
     start=lambda n, eps: torch.zeros(0),
     starts_at_blend=False,
@@ -274,7 +290,7 @@ def hc_inverse(M, n):
 
 MIXERS["hc"] = Mixer(
     n_logits=lambda n: n * n,
-    rows=hc,
+    map=hc,
     inverse=hc_inverse,
     start=lambda n, eps: torch.eye(n).flatten(),
     doubly_stochastic=False,
@@ -294,14 +310,14 @@ def in_rows(planes, n):
 # Controls for the question what double stochasticity costs, and what it buys.
 
 
-def rows(planes, n):
+def row_softmax(planes, n):
     """Each row a softmax of its n logits: rows sum to 1, columns are free."""
     return [softmax(row) for row in in_rows(planes, n)]
 
 
-def columns(planes, n):
+def column_softmax(planes, n):
     """Each column a softmax of its n logits: columns sum to 1, rows are free."""
-    return transpose(rows(transpose_planes(planes, n), n))
+    return transpose(row_softmax(transpose_planes(planes, n), n))
 
 
 def log_inverse(M, n):
@@ -309,7 +325,7 @@ def log_inverse(M, n):
 
 
 def orthogonal(planes, n):
-    """A product of rotations, one in each plane (i, j) with i < j, by the angle that is its logit.
+    """A product of rotations, one for each pair i < j, by the angle that is its logit.
 
     M is orthogonal, with signs: no signal grows or shrinks, but no row or column sum is kept."""
     M = [[torch.ones_like(planes[0]) * (i == j) for j in range(n)] for i in range(n)]
@@ -323,21 +339,21 @@ def orthogonal(planes, n):
 
 MIXERS["rows"] = Mixer(
     n_logits=lambda n: n * n,
-    rows=rows,
+    map=row_softmax,
     inverse=log_inverse,
     doubly_stochastic=False,
     exact_sums=("rows",),
 )
 MIXERS["columns"] = Mixer(
     n_logits=lambda n: n * n,
-    rows=columns,
+    map=column_softmax,
     inverse=log_inverse,
     doubly_stochastic=False,
     exact_sums=("columns",),
 )
 MIXERS["orthogonal"] = Mixer(
     n_logits=lambda n: n * (n - 1) // 2,
-    rows=orthogonal,
+    map=orthogonal,
     start=lambda n, eps: torch.zeros(n * (n - 1) // 2),
     doubly_stochastic=False,
     exact_sums=(),
@@ -376,13 +392,15 @@ def sinkhorn(planes, n, *, sinkhorn_rounds=20):
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Sinkhorn with a backward written by hand: autograd's compiles to three times as many kernels.
+    """Sinkhorn with a backward written by hand. With autograd's, a layer of the model took 195
+    launches on an H100's graph; with this one and larger kernels it takes 73 (LOG.md).
 
-    Where a half round divides each line by its sum, it takes from the gradient g of log M, line by
-    line, M times the sum of g. The backward runs the rounds again and keeps the divisors alone.
-    Then it undoes one half round after the other, multiplying M by the divisors again. The divisors
-    are stacked, so that Inductor stores them and splits the work into two kernels: one kernel for
-    the way there and back would hold hundreds of planes and spill a GPU's registers.
+    A half round divides each line by its sum. With g the gradient of log M after the half round,
+    the gradient before it is g - M * sum(g), line by line, with M after it. The backward runs the
+    rounds again and keeps only the divisors. Then it undoes one half round after the other,
+    multiplying M by the divisors. The divisors are stacked, so that Inductor stores them and splits
+    the work into two kernels: one kernel for the way there and back would hold hundreds of planes
+    and spill a GPU's registers.
     """
 
     @staticmethod
@@ -409,7 +427,7 @@ class _Sinkhorn(torch.autograd.Function):
 
 def _sinkhorn_rounds(logits, n, rounds):
     """-> M after all rounds, as n^2 planes row by row, and the divisors of every half round but the
-    first, n lines each. Lines are columns in the first half round, rows in the second, and so on.
+    first, n of them each. Lines are columns in the first half round, rows in the second, and so on.
 
     The first round is taken in logarithms, where no row can underflow to 0.
     """
@@ -445,7 +463,7 @@ def _sinkhorn_undo(g, M, n):
 
 MIXERS["sinkhorn"] = Mixer(
     n_logits=lambda n: n * n,
-    rows=sinkhorn,
+    map=sinkhorn,
     inverse=lambda M, n, sinkhorn_rounds=20: log_inverse(M, n),
     options={
         "sinkhorn_rounds": Option(
@@ -466,7 +484,7 @@ def permutation(planes, n):
     """sum_k softmax(logits)_k P_k over all n! permutations P_k in lexicographic order (mHC-lite,
     2601.05732)."""
     if n > 4:  # 120 logits and more take a compiler too long in a straight line
-        return permutation_by_minors(torch.stack(planes), n)
+        return permutation_recursive(torch.stack(planes), n)
     weights = softmax(planes)
     shares = [[[] for _ in range(n)] for _ in range(n)]  # the weights that add up to each entry
     for weight, permuted in zip(weights, itertools.permutations(range(n))):
@@ -514,15 +532,15 @@ def n_permutations(n):
 
 MIXERS["permutation"] = Mixer(
     n_logits=n_permutations,
-    rows=permutation,
+    map=permutation,
     inverse=permutation_inverse,
     start=permutation_start,
 )
 
 
-def permutation_by_minors(logits, n):
+def permutation_recursive(logits, n):
     """`permutation`: logits (n!, ...) -> n rows of n planes."""
-    # softmax() over 5040 strided logits is off by 4e-6; exp and sum() are not.
+    # torch.softmax over 5040 strided logits is off by 4e-6 on a CPU; exp and sum are not.
     weights = (logits - logits.amax(0)).exp()
     M = marginals(weights / weights.sum(0), n)
     return [list(row.clamp(max=1).unbind(0)) for row in M]
@@ -538,11 +556,12 @@ def marginals(weights, n):
     if n == 1:
         return weights[None]
     weights = weights.unflatten(0, (n, -1))  # (n, (n-1)!, ...)
-    minors = marginals(weights.transpose(0, 1), n - 1)  # (n-1, n-1, n, ...), n: the column left out
-    below = []
+    # Of the last n, index j is the smaller sum without column j.
+    smaller = marginals(weights.transpose(0, 1), n - 1)  # (n-1, n-1, n, ...)
+    below = []  # row by row: for j = 0 `before` sums nothing, for j = n - 1 `after` does
     for j in range(n):
-        before = minors[:, j - 1, :j].sum(1)  # where an earlier column is left out, j is at j - 1
-        after = minors[:, min(j, n - 2), j + 1 :].sum(1)
+        before = smaller[:, j - 1, :j].sum(1)  # without an earlier column, j moves to j - 1
+        after = smaller[:, min(j, n - 2), j + 1 :].sum(1)
         below.append(before + after)
     return torch.cat([weights.sum(1)[None], torch.stack(below, 1)])
 
@@ -552,7 +571,7 @@ def marginals(weights, n):
 
 def kronecker(planes, n):
     """U_K (x) ... (x) U_1 over the prime factors of n in rising order, each U a mixture of
-    permutations (KromHC, 2601.21579)."""
+    permutations (KromHC, 2601.21579). The last factor is the outermost, as in numpy.kron(U, M)."""
     M = None
     for p in prime_factors(n):
         own, planes = planes[: math.factorial(p)], planes[math.factorial(p) :]
@@ -565,7 +584,8 @@ def kronecker(planes, n):
 
 
 def kronecker_inverse(M, n):
-    """Each factor is what M leaves of it when the others are summed out."""
+    """Summing M over the indices of all other factors leaves a multiple of this factor, since the
+    others are doubly stochastic."""
     rest, size, logits = M, n, []
     product = torch.ones_like(M[..., :1, :1])
     for p in prime_factors(n):
@@ -606,7 +626,7 @@ def prime_factors(n):
 
 MIXERS["kronecker"] = Mixer(
     n_logits=lambda n: sum(n_permutations(p) for p in prime_factors(n)),
-    rows=kronecker,
+    map=kronecker,
     inverse=kronecker_inverse,
     start=kronecker_start,
     starts_at_blend=False,
@@ -617,13 +637,13 @@ MIXERS["kronecker"] = Mixer(
 
 MIXERS["tbp"] = Mixer(
     n_logits=lambda n: (n - 1) ** 2,
-    rows=charts.tbp,
+    map=charts.tbp,
     inverse=lambda M, n: charts.inverse(charts.tbp_chart, M, n),
 )
 
 MIXERS["rtbp"] = Mixer(
     n_logits=lambda n: (n - 1) ** 2,
-    rows=charts.rtbp,
+    map=charts.rtbp,
     inverse=lambda M, n: charts.inverse(charts.rtbp_chart, M, n),
 )
 

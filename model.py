@@ -3,7 +3,7 @@ A GPT whose residual state is n parallel streams (B, T, n, C); streams.py says h
 
 GPT-2's architecture otherwise: learned positions, LayerNorm before each branch, GELU, tied head.
 With the same seed, a model with any mixer computes at the start what the plain one-stream model
-(mixer="residual") computes.
+(mixer="residual") computes, to float32 rounding.
 
     model = GPT(GPTConfig(mixer="tbp", n_streams=4))
     logits, loss = model(idx, targets)
@@ -12,6 +12,7 @@ With the same seed, a model with any mixer computes at the start what the plain 
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class GPTConfig:
     sees: str = "streams"  # what a, w and M depend on: all streams, or only the branch's input
     wraps: str = "sublayer"  # a hyper-connection around each sublayer, or each whole block
     mix_scale: str = "none"  # a learned factor of M: none, one a sublayer, one a stream
-    mix_start: float = 0.01  # M starts as (1 - mix_start) I + mix_start / n
+    mix_start: float = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T, if the mixer has it
     read_start: float = 0.7  # weight of the stream that a sublayer reads most, at the start
     embed_scale: float = 1.0  # a factor of the embedding on its way into the streams
     stream_start: str = "equal"  # equal copies, or learned: plus a vector a stream, 0 at the start
@@ -109,21 +110,21 @@ class GPTConfig:
                 )
 
 
-def connection(config, layer, last=False):
-    """The module around sublayer (or block) `layer`: Residual or HyperConnection."""
+def make_connection(config, sublayer, last=False):
+    """The module around a sublayer (or a block): Residual or HyperConnection."""
     if find_mixer(config.mixer).one_stream:
         return Residual()
     return HyperConnection(
         config.mixer,
         config.n_streams,
         config.n_embd,
-        layer=layer,
+        sublayer=sublayer,
         dynamic=config.dynamic,
         mix_start=config.mix_start,
         read_start=config.read_start,
         gates=config.gates,
         sees=config.sees,
-        last=last and config.sees == "input",
+        last=last,
         mix_scale=config.mix_scale,
         **config.options,
     )
@@ -172,27 +173,33 @@ class Block(nn.Module):
         last = layer == config.n_layer - 1
         self.wraps_block = config.wraps == "block"
         if self.wraps_block:
-            self.hc_block = connection(config, layer, last)
+            self.hc_block = make_connection(config, layer, last)
         else:
-            self.hc_attn = connection(config, 2 * layer)
-            self.hc_mlp = connection(config, 2 * layer + 1, last)
+            self.hc_attn = make_connection(config, 2 * layer)
+            self.hc_mlp = make_connection(config, 2 * layer + 1, last)
         self.x0_scalars = nn.Parameter(torch.empty(2)) if config.x0_scalars else None
 
     def connections(self, cache=None):
         """(name, connection, branch) of the attention and of the MLP, or of both in one."""
         if self.wraps_block:
-            return (("hc_block", self.hc_block, lambda u: self.both(u, cache)),)
+            return (("hc_block", self.hc_block, partial(self.both, cache=cache)),)
         return (
-            ("hc_attn", self.hc_attn, lambda u: self.attn(self.ln_1(u), cache)),
-            ("hc_mlp", self.hc_mlp, lambda u: self.mlp(self.ln_2(u))),
+            ("hc_attn", self.hc_attn, partial(self.attend, cache=cache)),
+            ("hc_mlp", self.hc_mlp, self.feed_forward),
         )
+
+    def attend(self, u, cache=None):
+        return self.attn(self.ln_1(u), cache)
+
+    def feed_forward(self, u):
+        return self.mlp(self.ln_2(u))
 
     def both(self, u, cache=None):
         """Attention and MLP as one branch: what a plain block adds to u."""
-        attended = self.attn(self.ln_1(u), cache)
-        return attended + self.mlp(self.ln_2(u + attended))
+        attended = self.attend(u, cache)
+        return attended + self.feed_forward(u + attended)
 
-    def start(self, streams, x0):
+    def enter(self, streams, x0):
         """What the first sublayer gets: with x0_scalars r x + s x0, else the streams themselves."""
         if self.x0_scalars is None:
             return streams
@@ -201,9 +208,9 @@ class Block(nn.Module):
 
     def forward(self, streams, x0, cache=None):
         """streams, and x0 (B, T, n, C), the streams at the start of the model -> streams."""
-        streams = self.start(streams, x0)
-        for _, connection, branch in self.connections(cache):
-            streams = connection(streams, branch)
+        streams = self.enter(streams, x0)
+        for _, hyper_connection, branch in self.connections(cache):
+            streams = hyper_connection(streams, branch)
         return streams
 
 
@@ -211,6 +218,7 @@ class Embedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_streams, self.dropout = config.n_streams, config.dropout
+        self.dynamic = config.dynamic and not find_mixer(config.mixer).one_stream
         self.read_ahead, self.scale = config.sees == "input", config.embed_scale
         self.stream_dtype = config.stream_dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -229,7 +237,9 @@ class Embedding(nn.Module):
             x = x.to(getattr(torch, self.stream_dtype))
         elif torch.is_autocast_enabled(idx.device.type):
             x = x.to(torch.get_autocast_dtype(idx.device.type))
-        return start_streams(x, self.n_streams, self.offsets, self.read_ahead)
+        streams = start_streams(x, self.n_streams, self.offsets, self.read_ahead)
+        # What no sublayer reads is not handed on, so that all blocks get the same kind of input.
+        return streams if self.dynamic else streams._replace(mean_square=None)
 
 
 class Head(nn.Module):
@@ -294,7 +304,7 @@ class GPT(nn.Module):
         streams, seen = self.embed(idx), []
         x0 = streams.x
         for layer, block in enumerate(self.blocks):
-            streams = block.start(streams, x0)
+            streams = block.enter(streams, x0)
             for name, connection, branch in block.connections():
                 coefficients = connection.observe(streams)
                 seen.append(Observed(f"blocks.{layer}.{name}", streams.x, *coefficients))
@@ -306,12 +316,12 @@ class GPT(nn.Module):
         return [seen.mix.mean((0, 1)) for seen in self.observe(idx)]
 
     def compile_regions(self, activation_memory_budget=1.0):
-        """Compile each block and the head in place, each as one graph. All blocks share theirs, so
-        a deep model compiles as fast as a shallow one.
+        """Compile each block and the head in place, each as one graph. All blocks share one graph,
+        so a deep model compiles as fast as a shallow one.
 
-        The embedding stays eager: its backward scatters, which compiled code does in no fixed
-        order. activation_memory_budget: the share of what the backward needs that is kept; the rest
-        is computed again. This setting of torch is one of the whole process.
+        The embedding stays eager: its backward adds up rows of the same token, and compiled code
+        adds them in no fixed order. activation_memory_budget: the share of what the backward needs
+        that is kept; the rest is computed again. This setting of torch is one of the whole process.
         """
         torch._functorch.config.activation_memory_budget = activation_memory_budget
         options = compiler_options()
@@ -348,9 +358,9 @@ class GPT(nn.Module):
             raise RuntimeError(f"init_parameters does not know how to start {missed}")
 
     def parameter_groups(self, weight_decay):
-        """Optimizer groups by role, the same rule for every mixer. What multiplies activations
-        decays: linear layers, embeddings, phi. What shifts or scales them does not: norms, biases,
-        the alphas, the vectors that the streams start with, x0_scalars."""
+        """Optimizer groups by role, the same rule for every mixer. Matrices and embeddings decay,
+        phi among them. What shifts or scales does not: norms, biases, the alphas, the vectors that
+        the streams start with, x0_scalars."""
         decays = {(nn.Linear, "weight"), (nn.Embedding, "weight"), (Coefficients, "phi")}
         keeps = {
             (nn.Linear, "bias"),
@@ -392,11 +402,12 @@ class GPT(nn.Module):
         }
 
     def flops_per_token(self):
-        """Floating-point operations of a training step, forward and backward, per token.
+        """Floating-point operations of a training step, forward and backward, per token of a
+        sequence of block_size.
 
-        6 for each weight that multiplies (PaLM, appendix B) and 12 L C T for attention. For a
-        hyper-connection 6 for each weight of phi, and 3 times its forward's 2nC for the read, 2nC
-        for the write, and 2 n^2 C for the mix unless M = I.
+        6 for each weight that multiplies, phi's among them (PaLM, appendix B), and 12 L C T for
+        attention. For a hyper-connection 3 times its forward's 2nC for the read, 2nC for the write,
+        and 2 n^2 C for the mix unless M = I; for a learned read-out 3 times 2nC.
         """
         c, n = self.config, self.config.n_streams
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
@@ -408,5 +419,7 @@ class GPT(nn.Module):
             if isinstance(module, HyperConnection):
                 mix = n * n if module.sizes[2] else 0
                 streams += 3 * 2 * c.n_embd * (n + n + mix)
+            elif isinstance(module, ReadOut):
+                streams += 3 * 2 * c.n_embd * n
         attention = 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * weights + attention + streams

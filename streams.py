@@ -31,20 +31,20 @@ from passes import (
 class Streams(NamedTuple):
     """The residual state between two sublayers.
 
-    x            (B, T, n, C), in the dtype of the activations
-    mean_square  (B, T) in float32, the mean of x^2 over streams and channels. It travels with x
-                 because whoever writes x can take it in the same pass. Sublayers whose coefficients
-                 do not depend on x hand it on unchanged: nothing reads it there.
-    ahead        None or, where reads are taken ahead, u (B, T, C): what the next branch reads. Then
-                 mean_square is that of u.
+    x            (B, T, n, C)
+    mean_square  (B, T) in float32, the mean of x^2 over streams and channels, or of u^2 where
+                 there is a u ahead. It travels with x because the pass that writes x can take it as
+                 well. None after a sublayer whose own coefficients do not depend on x: the next
+                 sublayer that needs it takes it then.
+    ahead        where reads are taken ahead, u (B, T, C), which the next branch reads; else None
     """
 
     x: torch.Tensor
-    mean_square: torch.Tensor
+    mean_square: torch.Tensor | None
     ahead: torch.Tensor | None = None
 
     def at(self, positions):
-        """The token at positions[b] of each row b alone, T = 1."""
+        """Keep one token of each row, positions[b] of row b: T = 1."""
         rows = list(range(len(positions)))
         return Streams(*(None if t is None else t[rows, positions][:, None] for t in self))
 
@@ -69,7 +69,7 @@ class Residual(nn.Module):
 
     def forward(self, streams, branch):
         x = streams.x  # (B, T, 1, C)
-        return Streams(x + branch(x.squeeze(2)).unsqueeze(2), streams.mean_square)
+        return Streams(x + branch(x.squeeze(2)).unsqueeze(2), None)
 
     def observe(self, streams):
         """As HyperConnection.observe: everything is read, written and kept."""
@@ -79,9 +79,11 @@ class Residual(nn.Module):
 
 class Coefficients(nn.Module):
     """Logits in parts of `sizes`: bias + alpha * f(phi @ RMSNorm(x)) for each token, or, static,
-    the bias alone. What the logits mean is up to the subclass, in `maps`.
+    the bias alone.
 
-    squashed: for each part whether f is tanh; otherwise f is the identity.
+    squashed: for each part whether f is tanh; otherwise f is the identity. A subclass defines
+    `start_bias`, the bias at the start, and `coefficients_of`, what the logits mean, and calls
+    `reset_parameters` once it can answer.
     """
 
     def __init__(self, sizes, squashed, n_streams, n_embd, dynamic):
@@ -100,27 +102,29 @@ class Coefficients(nn.Module):
             self.alpha.fill_(0.01)
 
     def coefficients(self, streams):
-        """`maps` of the logits: planes (B, T) in float32, or (1, 1) where static.
+        """`coefficients_of` the logits: planes (B, T) in float32, or (1, 1) where static.
 
-        The backward computes them again from phi's product, instead of keeping every number in
-        between. The parameters are arguments, since a module may hold others by then
-        (torch.func.functional_call).
+        The backward computes the coefficients again from y and r, so that no number in between is
+        kept. alpha and bias are passed in: under torch.func.functional_call the module's own may be
+        other tensors by the time of the backward.
         """
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        if self.dynamic:
-            y, r = Project.apply(streams.x, streams.mean_square, self.phi)
-            return recompute(self.of_tokens, y, r, self.alpha, self.bias)
-        return recompute(self.of_layer, self.bias)
+        if not self.dynamic:
+            return recompute(self.of_layer, self.bias)
+        x, square = streams.x, streams.mean_square
+        y, r = Project.apply(x, mean_square(x) if square is None else square, self.phi)
+        return recompute(self.of_tokens, y, r, self.alpha, self.bias)
 
     def of_tokens(self, y, r, alpha, bias):
-        return self.maps(Logits.apply(y, r, alpha, bias, self.sizes, self.squashed))
+        logits = Logits.apply(y, r, alpha, bias, self.sizes, self.squashed)
+        return self.coefficients_of(logits)
 
     def of_layer(self, bias):
-        return self.maps(at_least_float32(bias)[None, None].unbind(-1))
+        return self.coefficients_of(at_least_float32(bias)[None, None].unbind(-1))
 
 
 class HyperConnection(Coefficients):
-    """n residual streams around a branch F (2512.24880, eq. 5-8):
+    """n residual streams around a branch F (mHC, 2512.24880, eq. 5-8):
 
         u    = sum_j a_j x_j                    read
         x'_i = sum_j M_ij x_j + w_i F(u)        mix and write
@@ -133,19 +137,21 @@ class HyperConnection(Coefficients):
 
     Static (dynamic=False): without phi, one a, w and M for all tokens. An unbounded mixer (hc) gets
     tanh(z_mix). At the start phi is 0, a sums to 1, w is 1 and M's rows sum to 1: on equal streams
-    the module is exactly x + F(x).
+    the module is x + F(x), to rounding.
 
-    layer       the index of the sublayer. Stream layer % n is read most, with weight `read_start`:
-                different layers read different streams, which drives equal streams apart.
+    sublayer    its index in the model. Stream sublayer % n is read most, with weight `read_start`:
+                different sublayers read different streams, which drives equal streams apart.
     mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T
     gates       "bounded", as above; "exp": w = exp(logit), without an upper bound; "free": a and w
                 are b + alpha * tanh(z); "auto": free for an unbounded mixer, else bounded
-    sees        what a, w and M depend on: all "streams", as in the papers, or only the branch's
-                "input" u: phi is n times smaller. Then this module takes the read of the *next*
-                sublayer, so that one pass over the streams does everything.
-    last        with sees="input": the last sublayer, whose next read is what the head reads
     mix_scale   a factor exp(logit) of M, 1 at the start: "none", one for the "sublayer", or one for
-                each "stream" (a row of M)
+                each "stream" (a row of M). M is then doubly stochastic but for this factor. The
+                factor's logits share alpha_mix.
+    sees        what a, w and M depend on: all "streams", as in the papers, or only the branch's
+                "input" u, so that phi is n times smaller. With "input" the module also computes
+                what the next branch reads, u' = sum_i a_i x'_i with a from this sublayer's u: one
+                pass over the streams mixes, writes and reads. The first branch reads the mean.
+    last        with sees="input": the last sublayer, whose u' the head reads; a starts at 1/n
     options     the mixer's own, by name
     ValueError for a value that is not allowed.
     """
@@ -156,7 +162,7 @@ class HyperConnection(Coefficients):
         n_streams,
         n_embd,
         *,
-        layer=0,
+        sublayer=0,
         dynamic=True,
         mix_start=0.01,
         read_start=0.7,
@@ -167,6 +173,8 @@ class HyperConnection(Coefficients):
         **options,
     ):
         K = n_logits(mixer, n_streams)
+        if find_mixer(mixer).one_stream:
+            raise ValueError(f"{mixer} has one stream: use streams.Residual around its branches")
         check_options(mixer, options)
         check_between_0_and_1(mix_start=mix_start, read_start=read_start)
         check_choice("gates", gates, ("auto", "bounded", "exp", "free"))
@@ -183,15 +191,16 @@ class HyperConnection(Coefficients):
 
         self.mixer, self.n_streams, self.options = mixer, n_streams, options
         self.read_ahead = sees == "input"
-        self.favoured = (layer + self.read_ahead) % n_streams
-        self.mix_start, self.read_start = mix_start, 1 / n_streams if last else read_start
+        self.most_read = (sublayer + self.read_ahead) % n_streams
+        reads_evenly = last and self.read_ahead
+        self.mix_start, self.read_start = mix_start, 1 / n_streams if reads_evenly else read_start
         self.gates, self.n_mixer_logits = gates, K
         self.reset_parameters()
 
     def start_bias(self):
         n = self.n_streams
         read = torch.full((n,), (1 - self.read_start) / (n - 1), dtype=torch.float64)
-        read[self.favoured] = self.read_start
+        read[self.most_read] = self.read_start
         write = torch.ones(n)
         if self.gates != "free":
             read, write = read.logit(), torch.zeros(n)  # 2 sigmoid(0) = exp(0) = 1
@@ -199,7 +208,7 @@ class HyperConnection(Coefficients):
         scale = torch.zeros(self.sizes[2] - len(mix))  # exp(0) = 1
         return torch.cat([read, write, mix, scale])
 
-    def maps(self, planes):
+    def coefficients_of(self, planes):
         """Planes of logits -> n planes of a, n of w, and n^2 of M row by row (none for M = I)."""
         n, K = self.n_streams, self.n_mixer_logits
         read, write, mix = planes[:n], planes[n : 2 * n], planes[2 * n :]
@@ -209,29 +218,32 @@ class HyperConnection(Coefficients):
             write = [2 * p.sigmoid() for p in write]
         elif self.gates == "exp":
             write = [p.exp() for p in write]
-        M = find_mixer(self.mixer).rows(mix[:K], n, **self.options)
+        M = find_mixer(self.mixer).map(mix[:K], n, **self.options)
         M = scale_rows(M, mix[K:], n)
-        # A view of each, since a mixer may return one plane for two entries, and Dynamo may not.
+        # A view of each: a mixer may return one plane for two entries, and Dynamo refuses what
+        # returns one tensor twice.
         return [*read], [*write], [m.view_as(m) for row in M for m in row]
 
     def forward(self, streams, branch):
         """Streams -> Streams. branch: (B, T, C) -> (B, T, C)."""
         x, n = streams.x, self.n_streams
-        read, write, mix = self.coefficients(self.seen(streams))
+        read, write, mix = self.coefficients(self.seen(streams))  # lists of planes
         planes = read + write + mix
-        values = torch.stack(planes, -1)  # (B, T, 2n + n^2)
+        values = torch.stack(planes, -1)  # (B, T, 2n + n^2), or 2n for M = I; (1, 1, ...) if static
         a, w = values[..., :n], values[..., n : 2 * n]
         M = values[..., 2 * n :].unflatten(-1, (n, n)) if mix else None
+
         if self.read_ahead:
             v = branch(streams.ahead)
-            new, ahead, mean_square = MixWriteReadAhead.apply(x, v, a, w, M, *planes)
-            return Streams(new, mean_square, ahead)
-        if mix:
-            u, mixed = ReadAndMix.apply(x, a, M, *read, *mix)
+            new, ahead, square = MixWriteReadAhead.apply(x, v, a, w, M, *planes)
         else:
-            u, mixed = ReadAndMix.apply(x, a, None, *read), x
-        new, new_square = Write.apply(mixed, branch(u), w, x.dtype, *write)
-        return Streams(new, new_square if self.dynamic else streams.mean_square)
+            ahead = None
+            if mix:
+                u, mixed = ReadAndMix.apply(x, a, M, *read, *mix)
+            else:
+                u, mixed = ReadAndMix.apply(x, a, None, *read), x
+            new, square = Write.apply(mixed, branch(u), w, x.dtype, *write)
+        return Streams(new, square if self.dynamic else None, ahead)
 
     def seen(self, streams):
         """What the coefficients depend on, as Streams: all streams, or u as a single one."""
@@ -265,7 +277,7 @@ class ReadOut(Coefficients):
         n = self.sizes[0]
         return torch.full((n,), 1 / n, dtype=torch.float64).logit()
 
-    def maps(self, planes):
+    def coefficients_of(self, planes):
         return [plane.sigmoid() for plane in planes]
 
     def forward(self, streams):

@@ -317,6 +317,8 @@ def test_leading_shapes_and_single_matrices(name):
         (lambda: mixing_logits("kronecker", interior(4, 1)), "no Kronecker product"),
         (lambda: mixing_logits("identity", torch.full((2, 2), 0.5)), "off by 0.5 from I"),
         (lambda: mixing_logits("orthogonal", torch.eye(2)), "has no inverse"),
+        (lambda: mixing_logits("rows", torch.full((2, 2), 0.6)), "the rows of M do not sum to 1"),
+        (lambda: mixing_logits("columns", torch.full((2, 2), 0.6)), "the columns of M do not"),
     ],
 )
 def test_refusals_name_the_value(call, says):
@@ -340,7 +342,7 @@ def test_an_option_is_declared_once():
 
 def test_an_entry_needs_an_inverse_or_a_start():
     with pytest.raises(ValueError, match="needs an inverse or a start"):
-        Mixer(n_logits=lambda n: 1, rows=lambda planes, n: [])
+        Mixer(n_logits=lambda n: 1, map=lambda planes, n: [])
 
 
 # ---- diagnostics ---------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ def test_reading_ahead_and_its_gradients_are_the_plain_formulas(name, knobs, dyn
     u = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     new = hc(Streams(x, mean_square(u[:, :, None]), u), branch)
     plain = plain_read_ahead(hc, x, u, branch)
-    torch.testing.assert_close(new.mean_square, (new.ahead**2).mean(-1))
+    if dynamic:
+        torch.testing.assert_close(new.mean_square, (new.ahead**2).mean(-1))
     mine, plain = (torch.cat([x_, u_[:, :, None]], 2) for x_, u_ in ((new.x, new.ahead), plain))
     assert_same_with_gradients(mine, plain, [x, u, *hc.parameters(), *branch.parameters()])
 
@@ -131,7 +132,7 @@ def test_reading_ahead_and_its_gradients_are_the_plain_formulas(name, knobs, dyn
 def test_reading_ahead_starts_at_the_next_sublayer_s_read(last):
     """Sublayer l hands on a read of stream (l + 1) % n, the last sublayer the mean."""
     streams = start_streams(torch.randn(1, 1, 6), 3, read_ahead=True)
-    hc = HyperConnection("tbp", 3, 6, layer=4, read_start=0.6, sees="input", last=last)
+    hc = HyperConnection("tbp", 3, 6, sublayer=4, read_start=0.6, sees="input", last=last)
     expected = torch.full((3,), 1 / 3) if last else torch.tensor([0.2, 0.2, 0.6])
     torch.testing.assert_close(hc.observe(streams)[0][0, 0], expected)
 
@@ -170,7 +171,7 @@ def test_every_layer_reads_another_stream_most():
     """Layer l reads stream l % n with weight read_start, and the others share the rest."""
     streams = start_streams(torch.randn(1, 1, 6), 3)
     for layer in range(7):
-        hc = HyperConnection("tbp", 3, 6, layer=layer, read_start=0.6)
+        hc = HyperConnection("tbp", 3, 6, sublayer=layer, read_start=0.6)
         read, write, _ = hc.observe(streams)
         expected = torch.full((3,), 0.2)
         expected[layer % 3] = 0.6
@@ -183,6 +184,23 @@ def test_residual_adds_the_branch():
     x, branch = torch.randn(2, 3, 6), torch.nn.Linear(6, 6)
     streams = start_streams(x, 1)
     torch.testing.assert_close(Residual()(streams, branch).x[:, :, 0], x + branch(x))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("first", ["static", "residual"])
+def test_a_dynamic_sublayer_may_follow_any_other(first):
+    """It takes the mean square of its own streams, never an older one."""
+    x, branch = torch.randn(2, 3, 6), torch.nn.Linear(6, 6)
+    before = Residual() if first == "residual" else HyperConnection("tbp", 4, 6, dynamic=False)
+    streams = start_streams(x, 4)
+    if first == "residual":
+        streams = Streams(*Residual()(start_streams(x, 1), branch)[:2])
+        streams = streams._replace(x=streams.x.repeat(1, 1, 4, 1))
+    else:
+        streams = before(streams, branch)
+    dynamic = noisy(HyperConnection("tbp", 4, 6)).float()
+    expected = dynamic(streams._replace(mean_square=mean_square(streams.x)), branch).x
+    torch.testing.assert_close(dynamic(streams, branch).x, expected)
 
 
 @pytest.mark.quick
@@ -247,6 +265,7 @@ def test_coefficients_are_float32_in_a_bfloat16_model(name, dynamic):
         (lambda: HyperConnection("tbp", 4, 8, mix_start=0.0), "between 0 and 1, not 0.0"),
         (lambda: HyperConnection("tbp", 4, 8, sinkhorn_rounds=3), "no option 'sinkhorn_rounds'"),
         (lambda: HyperConnection("tbp", 4, 8, gates="open"), "not 'open'"),
+        (lambda: HyperConnection("residual", 1, 8), "use streams.Residual"),
         (lambda: HyperConnection("tbp", 4, 8, mix_scale="token"), "not 'token'"),
     ],
 )
@@ -262,7 +281,7 @@ def test_a_new_mixer_is_a_function_and_an_entry(monkeypatch):
         return [[s * (i == j) + (1 - s) / n for j in range(n)] for i in range(n)]
 
     entry = Mixer(
-        n_logits=lambda n: 1, rows=shrink, start=lambda n, eps: torch.tensor([1 - eps]).logit()
+        n_logits=lambda n: 1, map=shrink, start=lambda n, eps: torch.tensor([1 - eps]).logit()
     )
     monkeypatch.setitem(MIXERS, "shrink", entry)
     hc = HyperConnection("shrink", 3, 8, dynamic=False, mix_start=0.05)
