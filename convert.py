@@ -30,7 +30,7 @@ import pretrained
 from data import read_meta, write_atomic
 from mixers import OPTIONS, find_mixer
 from model import GPT, GPTConfig
-from remix import measure, with_mixer
+from remix import drop_what_misleads, measure, sequences, with_mixer
 from runtime import RunError, provenance
 from tokenizer import describe, sizes
 
@@ -281,10 +281,14 @@ def convert_mixer(arguments):
                 f"{off[worst]:.3g} in an entry. Nothing is written; to take the nearest all the "
                 f"same, pass --most_off={math.ceil(off[worst] * 1000) / 1000:g}"
             )
+    tokens = (state["tokenizer"], state["n_vocab"], arguments.data, arguments.tokens)
+    idx, targets = sequences(old.config.block_size, *tokens)
     if off and new.config.dynamic:
+        left_out = drop_what_misleads(old, new, idx)
         print("phi of the mix: mapped by the Jacobian at the biases, right to first order")
-    tokens = {name: state[name] for name in ("tokenizer", "n_vocab")}
-    for line in measure(old, new, **tokens, data=arguments.data, tokens=arguments.tokens):
+        if left_out:
+            print(f"  but 0 in {len(left_out)} of {len(off)} sublayers, where M is nearer without")
+    for line in measure(old, new, idx, targets):
         print(line)
     knobs = {"mixer": new.config.mixer, "n_streams": new.config.n_streams} | new.config.options
     about = {name: state[name] for name in ("tokenizer", "n_vocab", "shards", "step")}

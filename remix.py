@@ -2,7 +2,8 @@
 A trained model with another mixer.
 
     >>> new, off = with_mixer(model, "rtbp", None, {})
-    >>> measure(model, new, tokenizer="gpt2", n_vocab=50257, data="data/openwebtext", tokens=4096)
+    >>> left_out = drop_what_misleads(model, new, idx)
+    >>> measure(model, new, idx, targets)                  # lines of text
 
 With n streams:
 * The biases of the mix become those at which the other mixer gives the same M, by its inverse. So
@@ -10,7 +11,9 @@ With n streams:
   M that it reaches is taken, and `with_mixer` returns how far off it is.
 * What a token adds to M has no exact counterpart. The rows of phi are multiplied by the derivative
   of the new logits with respect to the old ones, taken at the biases: the new M is the old one to
-  first order in what the token adds. `measure` tells how far off it is on some tokens.
+  first order in what the token adds. Where M lies near the border of what the other mixer reaches,
+  that order is not enough: a small step of M takes a large one of the logits. In a sublayer where
+  M is nearer on average without any phi, these rows of phi are 0.
 * Reads, writes, their gates, scales of M and everything else are copied.
 From one stream, the streams start as equal copies: the new model computes the same function.
 """
@@ -142,37 +145,66 @@ def matrices(old, new, idx):
 
 
 def sequences(block_size, tokenizer, n_vocab, data, tokens):
-    """-> idx and targets (B, T) to measure on, and what they are; the arguments are `measure`'s."""
-    count = max(1, tokens // block_size)
-    if not data:
-        generator = torch.Generator().manual_seed(0)
-        idx = torch.randint(n_vocab, (count, block_size), generator=generator)
-        return idx, idx, "random tokens"
-    blocks = TokenBlocks(data, "val", block_size)
-    if blocks.meta["tokenizer"] != tokenizer:
-        raise ValueError(
-            f"{data} has tokens of {tokenizer_name(blocks.meta['tokenizer'])}, and the "
-            f"checkpoint is of {tokenizer_name(tokenizer)}; name another --data"
-        )
-    return *blocks.in_order(0, min(count, blocks.n_blocks)), f"tokens of {data}"
-
-
-@torch.no_grad()
-def measure(old, new, *, tokenizer, n_vocab, data, tokens):
-    """Lines on how far the new model is from the old one.
+    """-> idx (B, T) to measure on, and targets, or None with random tokens.
 
     tokens              how many to look at, at least a sequence
     data                the folder of a data set, whose validation split has them; None: random ones
     tokenizer, n_vocab  the checkpoint's
     Raises ValueError for a data set of another tokenizer.
     """
-    idx, targets, source = sequences(old.config.block_size, tokenizer, n_vocab, data, tokens)
+    count = max(1, tokens // block_size)
+    if not data:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(n_vocab, (count, block_size), generator=generator), None
+    blocks = TokenBlocks(data, "val", block_size)
+    if blocks.meta["tokenizer"] != tokenizer:
+        raise ValueError(
+            f"{data} has tokens of {tokenizer_name(blocks.meta['tokenizer'])}, and the "
+            f"checkpoint is of {tokenizer_name(tokenizer)}; name another --data"
+        )
+    return blocks.in_order(0, min(count, blocks.n_blocks))
+
+
+@torch.no_grad()
+def drop_what_misleads(old, new, idx):
+    """Set the rows of phi to 0 in each sublayer whose M is nearer to the old one without them, on
+    the tokens of idx. -> the names of these sublayers."""
+    some = idx[: max(1, AT_ONCE // idx.shape[1])]
+    mapped = mean_differences(old, new, some)
+    rows = {name: rows_of_mix(new.get_submodule(name)) for name in mapped}  # views of phi
+    kept = {name: view.clone() for name, view in rows.items()}
+    for view in rows.values():
+        view.zero_()
+    without = mean_differences(old, new, some)
+    left_out = [name for name in mapped if without[name] < mapped[name]]
+    for name in mapped.keys() - set(left_out):
+        rows[name].copy_(kept[name])
+    return left_out
+
+
+def rows_of_mix(hc):
+    """A view of the rows of a HyperConnection's phi that belong to its mixer's logits."""
+    return hc.phi.data[2 * hc.n_streams : 2 * hc.n_streams + hc.n_mixer_logits]
+
+
+def mean_differences(old, new, idx):
+    """{sublayer: the mean absolute difference of an entry of M}."""
+    return {
+        name: (after - before).abs().mean().item()
+        for name, before, after in matrices(old, new, idx)
+    }
+
+
+@torch.no_grad()
+def measure(old, new, idx, targets):
+    """Lines on how far the new model is from the old one, on idx and targets (B, T) or None."""
     share = 1 / len(idx)
+    goals = idx if targets is None else targets
     at_once = max(1, AT_ONCE // idx.shape[1])
     losses, logits_off, moved = torch.zeros(2), 0.0, 0.0
     mean_off, most_off = {}, {}  # by sublayer
-    for some, some_targets in zip(idx.split(at_once), targets.split(at_once)):
-        (theirs, old_loss), (ours, new_loss) = old(some, some_targets), new(some, some_targets)
+    for some, goal in zip(idx.split(at_once), goals.split(at_once)):
+        (theirs, old_loss), (ours, new_loss) = old(some, goal), new(some, goal)
         losses += share * len(some) * torch.stack([old_loss, new_loss])
         logits_off = max(logits_off, (ours - theirs).abs().max().item())
         for name, before, after in matrices(old, new, some):
@@ -181,6 +213,7 @@ def measure(old, new, *, tokenizer, n_vocab, data, tokens):
             most_off[name] = max(most_off.get(name, 0.0), off.max().item())
             moved += here * (before - before.mean((0, 1))).abs().mean().item()
 
+    source = "random tokens" if targets is None else "tokens of the validation split"
     lines = [f"measured on {idx.numel():,} {source}:"]
     if mean_off:
         worst, sublayers = max(most_off, key=most_off.get), len(mean_off)
@@ -190,7 +223,7 @@ def measure(old, new, *, tokenizer, n_vocab, data, tokens):
             f"{moved / sublayers:.2g}"
         )
     lines.append(f"  logits are off by {logits_off:.2g} at most")
-    if data:
+    if targets is not None:
         before, after = losses.tolist()
         lines.append(f"  loss {before:.4f} -> {after:.4f} ({after - before:+.4f})")
     return lines

@@ -334,8 +334,27 @@ def test_the_knobs_of_the_streams_stay(knobs, tokens):
         for hc in (m for m in each.modules() if isinstance(m, HyperConnection)):
             hc.alpha.data[2] *= 1e-3  # where first order is enough
     assert (logits(other, tokens) - logits(model, tokens)).abs().max() < 1e-4
-    lines = remix.measure(model, other, tokenizer="bytes", n_vocab=257, data=None, tokens=32)
+    idx, targets = remix.sequences(16, "bytes", 257, None, 32)
+    lines = remix.measure(model, other, idx, targets)
     assert lines[0] == "measured on 32 random tokens:" and "an entry of M is off by" in lines[1]
+
+
+def test_phi_is_left_out_where_it_misleads_and_kept_where_it_helps(tokens):
+    """An M with negative entries has its nearest one on the border, where logits say nothing."""
+    for old, new, misled in (("tbp", "rtbp", False), ("hc", "tbp", True)):
+        model = model_of(old, spread=0.3, mix_scale="stream")
+        for module in model.modules():
+            if isinstance(module, HyperConnection):
+                module.alpha.data[2] = 0.02
+        other, off = remix.with_mixer(model, new, None, {})
+        mapped = remix.mean_differences(model, other, tokens)
+        left_out = remix.drop_what_misleads(model, other, tokens)
+        after = remix.mean_differences(model, other, tokens)
+        assert bool(left_out) == misled
+        for name in off:
+            rows = remix.rows_of_mix(other.get_submodule(name))
+            assert (rows == 0).all() == (name in left_out)
+            assert (after[name] < mapped[name]) == (name in left_out)
 
 
 def test_reads_and_writes_are_copied_with_their_gates(tokens):
