@@ -503,3 +503,7 @@ if __name__ == "__main__":
     except (RunError, ValueError) as error:  # what a user can put right; DataError is a ValueError
         said = f"{type(error).__name__}: {error}"
         sys.exit(said if runtime.ranks()[1] == 0 else 1)  # once a machine
+    except Exception as error:
+        if not (reason := runtime.why_not_compiled(error)):
+            raise
+        sys.exit(reason if runtime.ranks()[1] == 0 else 1)

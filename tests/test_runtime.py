@@ -215,3 +215,10 @@ def test_a_machine_is_described():
     found = runtime.describe_machine(torch.device("cpu"))
     assert found["processor"] and found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads() and "gpu" not in found
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_do(tiny, tmp_path):
+    lacks = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    tiny += ["--compile=True", "--mixer=residual", "--n_streams=1"]
+    output = run_with("", *tiny, ok=False, **lacks)  # a process that has compiled nothing yet
+    assert "torch.compile does not work here" in output and "--compile=False" in output
