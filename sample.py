@@ -218,7 +218,8 @@ def open_out():
     if not out:
         return sys.stdout
     try:
-        return open(os.path.expanduser(out), "x", encoding="utf-8")
+        # Half a surrogate pair in another field is written as JSON's own escape.
+        return open(os.path.expanduser(out), "x", encoding="utf-8", errors="backslashreplace")
     except FileExistsError as error:
         raise ValueError(f"--out: {out} is there already; remove it, or name another") from error
     except OSError as error:

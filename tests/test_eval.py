@@ -207,11 +207,11 @@ def test_lambada_by_hand(tmp_path):
 
 @pytest.mark.quick
 def test_results_from_scores():
-    """Item 1 is right by its sum alone, item 2 by its mean alone, item 3 by neither."""
-    scores = [(-3.0, 1), (-4.0, 4), (-2.0, 1), (-2.5, 5), (-1.0, 1), (-9.0, 3), (-8.0, 2)]
+    """Item 1 is right by its sum alone, items 2 and 3 by their mean alone."""
+    scores = [(-3.0, 1), (-4.0, 4), (-2.0, 1), (-2.5, 5), (-3.0, 1), (-9.0, 9), (-8.0, 2)]
     scores = [Score(log_p, count, log_p > -2.6, log_p == -9) for log_p, count in scores]
     found = hellaswag([(2, 0), (2, 1), (3, 1)], scores)
-    assert found == {"items": 3, "accuracy": 1 / 3, "accuracy_norm": 1 / 3, "cut": 1}
+    assert found == {"items": 3, "accuracy": 1 / 3, "accuracy_norm": 2 / 3, "cut": 1}
     found = lambada(scores[:4])
     assert found["accuracy"] == 0.5 and abs(found["perplexity"] - math.exp(11.5 / 4)) < 1e-9
 

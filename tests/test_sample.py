@@ -63,7 +63,7 @@ def test_repeats_with_a_seed_and_not_with_another(out_dir, tmp_path):
 def test_a_file_of_prompts_gives_what_each_gives_alone(out_dir, tmp_path):
     prompts = ["a", "", "a longer prompt — é", "b" * 70]
     (tmp_path / "lines.txt").write_text("\ufeff" + "\n".join(prompts) + "\n")
-    rows = [{"prompt": prompt, "id": [i]} for i, prompt in enumerate(prompts)]
+    rows = [{"prompt": prompt, "id": [i, "\ud800"]} for i, prompt in enumerate(prompts)]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     command = ["sample.py", f"--out_dir={out_dir}", "--num_samples=2", "--batch_size=3", *SMALL]
     lines = {}
@@ -71,16 +71,8 @@ def test_a_file_of_prompts_gives_what_each_gives_alone(out_dir, tmp_path):
         run(*command, f"--prompts={tmp_path}/{name}", f"--out={tmp_path}/{name}.out")
         written = (tmp_path / f"{name}.out").read_text().splitlines()
         lines[name] = [json.loads(line) for line in written]
-    assert [line.pop("id") for line in lines["rows.jsonl"]] == [
-        [0],
-        [0],
-        [1],
-        [1],
-        [2],
-        [2],
-        [3],
-        [3],
-    ]
+    ids = [line.pop("id") for line in lines["rows.jsonl"]]
+    assert ids == [[i, "\ud800"] for i in range(4) for _ in range(2)]
     assert lines["rows.jsonl"] == lines["lines.txt"]
 
     shown = run(*command, f"--prompts={tmp_path}/lines.txt")
