@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixers import check_options, find_mixer, n_logits
-from passes import compiler_options
+from passes import compiler_options, mean_square
 from streams import (
     Coefficients,
     HyperConnection,
@@ -231,15 +231,20 @@ class Embedding(nn.Module):
         """Tokens (B, T) at positions (B, T), by default 0 to T - 1 -> Streams."""
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
-        x = self.scale * (self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        if self.scale != 1:
+            x = self.scale * x
         x = F.dropout(x, self.dropout, self.training)
         if self.stream_dtype != "auto":
             x = x.to(getattr(torch, self.stream_dtype))
         elif torch.is_autocast_enabled(idx.device.type):
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         streams = start_streams(x, self.n_streams, self.offsets, self.read_ahead)
-        # What no sublayer reads is not handed on, so that all blocks get the same kind of input.
-        return streams if self.dynamic else streams._replace(mean_square=None)
+        if not self.dynamic:
+            return streams
+        # Taken here, so that all blocks get the same kind of input and share one graph.
+        seen = streams.ahead[:, :, None] if self.read_ahead else streams.x
+        return streams._replace(mean_square=mean_square(seen))
 
 
 class Head(nn.Module):

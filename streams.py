@@ -55,10 +55,7 @@ def start_streams(x, n_streams, offsets=None, read_ahead=False):
     x = x[:, :, None].repeat(1, 1, n_streams, 1)
     if offsets is not None:
         x = x + offsets.to(x.dtype)
-    if not read_ahead:
-        return Streams(x, mean_square(x))
-    u = x.mean(2)
-    return Streams(x, mean_square(u[:, :, None]), u)
+    return Streams(x, None, x.mean(2) if read_ahead else None)
 
 
 # ---- the modules around a branch -----------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_compiled(bench):
     assert residual["ratio_min"] == residual["ratio_max"] == residual["ratio_fastest"] == 1
     assert plain["plain_min"] == plain["plain_max"] == residual["peak_memory_ratio"] == 1
     assert plain["params"] == residual["params"]
-    assert plain["peak_memory_bytes"] == residual["peak_memory_bytes"]
+    assert plain["peak_memory_bytes"] == pytest.approx(residual["peak_memory_bytes"], rel=1e-3)
     assert report["provenance"].keys() == {"commit", "clean", "torch", "command"}
     assert report["machine"]["processor"] and report["machine"]["threads"] == 1
     assert report["config"]["n_embd"] == 16

@@ -313,7 +313,10 @@ def test_leading_shapes_and_single_matrices(name):
         (lambda: mixing_logits("tbp", torch.ones(4, 3)), "(4, 3)"),
         (lambda: mixing_logits("tbp", torch.eye(4)), "tbp reaches this M only with infinite"),
         (lambda: mixing_logits("sinkhorn", torch.eye(4)), "(smallest entry 0)"),
-        (lambda: mixing_logits("permutation", torch.eye(4)), "permutation reaches this M only with"),
+        (
+            lambda: mixing_logits("permutation", torch.eye(4)),
+            "permutation reaches this M only with",
+        ),
         (lambda: mixing_logits("kronecker", interior(4, 1)), "no Kronecker product"),
         (lambda: mixing_logits("identity", torch.full((2, 2), 0.5)), "off by 0.5 from I"),
         (lambda: mixing_logits("orthogonal", torch.eye(2)), "has no inverse"),
