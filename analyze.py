@@ -317,7 +317,7 @@ def draw_gain(points, target):
         (point, seed, run["folder"])
         for point in points
         for seed, run in point.runs.items()
-        if run["folder"] and checkpoints.steps(run["folder"])
+        if run["folder"] and checkpoints.checkpoints(run["folder"])
     ]
     if runs_with:
         kept = gains_of_runs(runs_with)

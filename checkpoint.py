@@ -34,7 +34,7 @@ KEYS = {
     *("tokenizer", "n_vocab", "shards"),
     *("step", "best_val", "evaluated", "logged_step", "tally", "scaler"),  # train.py's `progress`
 }
-# With another value of one of these it would be another run; so it would with another model_config.
+# A resumed run must keep these, and model_config.
 FIXED = ("seed", "dataset", "total_batch_tokens")
 # These change where a run lies, how it starts and who hears of it, but not the run.
 NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes", "tensorboard")
@@ -57,7 +57,8 @@ def save(out_dir, state, *, keep, best):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if best:  # first, for a run that is killed after it comes by here again
+        # best.pt first: a run killed between the two renames repeats this step on resume.
+        if best:
             _link_or_copy(temporary, second)
             os.replace(second, Path(out_dir) / "best.pt")
         os.replace(temporary, path)
@@ -71,8 +72,9 @@ def save(out_dir, state, *, keep, best):
         temporary.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
 
-    # A later checkpoint than this one is damaged: the run was resumed before it.
-    whole = [there for there in steps(out_dir) if there <= path]
+    # Checkpoints later than this one are damaged, or the run would have resumed from them; they do
+    # not count.
+    whole = [there for there in checkpoints(out_dir) if there <= path]
     for old in whole[:-keep]:
         old.unlink()
     return path
@@ -103,7 +105,7 @@ def _sync_folder(folder):
 def lock(out_dir):
     """Make out_dir, hold it for this process, and remove what a killed one had half written there.
 
-    Returns the lock, which lasts as long as that object. Raises RunError if another run writes
+    Returns a file to keep: the lock ends when it is closed. Raises RunError if another run writes
     there. Where files cannot be locked, a warning says so.
     """
     try:
@@ -136,8 +138,8 @@ def lock(out_dir):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def steps(out_dir):
-    """The checkpoints of a run, oldest first."""
+def checkpoints(out_dir):
+    """The paths of a run's checkpoints, oldest first."""
     files = Path(out_dir).glob("ckpt_*.pt")
     return sorted(path for path in files if re.fullmatch(r"ckpt_\d{7,}\.pt", path.name))
 
@@ -155,7 +157,7 @@ def verify(path):
 
 def latest(out_dir):
     """The newest checkpoint that is whole, or None; a damaged one is skipped with a warning."""
-    for path in reversed(steps(out_dir)):
+    for path in reversed(checkpoints(out_dir)):
         try:
             verify(path)
             return path
@@ -216,7 +218,8 @@ def load_tensors(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RunError(f"{path}: could not be read ({error.strerror})") from error
-    except Exception as error:  # as in verify; UnpicklingError if it asks for more than tensors
+    # torch.load raises many types on damaged bytes, and UnpicklingError for more than tensors.
+    except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise RunError(
             f"{path}: refused, it holds more than tensors and plain values, or is no torch file "
@@ -227,10 +230,11 @@ def load_tensors(path):
     return state
 
 
-def model_config(path, state, GPTConfig):
-    """-> the GPTConfig of a loaded state. Raises RunError if this class lacks one of its fields."""
+def model_config(path, state, config_class):
+    """-> the config_class (model.GPTConfig) of a loaded state. Raises RunError if this class lacks
+    one of its fields."""
     try:
-        return GPTConfig(**state["model_config"])
+        return config_class(**state["model_config"])
     except TypeError as error:
         raise RunError(
             f"{path}: its model is not that of this model.py ({error}). {_how_to_get_it(state)}"
@@ -265,12 +269,22 @@ def _how_to_get_it(state):
 # ---- is it the same run? -------------------------------------------------------------------------
 
 
+def check_resumable(out_dir):
+    """Raises RunError where there is no checkpoint, whole or damaged."""
+    if not checkpoints(out_dir):
+        raise RunError(
+            f"{out_dir} has no checkpoint to resume from; begin with --init_from=scratch"
+        )
+
+
 def starting_point(out_dir, init_from):
     """The checkpoint to resume from, or None to start at step 0: from scratch, or from weights.
 
     Raises RunError where init_from cannot be had.
     """
-    there = steps(out_dir)
+    if init_from == "resume":
+        check_resumable(out_dir)
+    there = checkpoints(out_dir)
     if there and init_from in ("resume", "auto"):
         if newest := latest(out_dir):
             return newest
@@ -282,10 +296,6 @@ def starting_point(out_dir, init_from):
         raise RunError(
             f"{out_dir} holds a run already (the newest checkpoint is {there[-1].name}); go on "
             "with --init_from=resume, or begin another with --out_dir=…"
-        )
-    if init_from == "resume":
-        raise RunError(
-            f"{out_dir} has no checkpoint to resume from; begin with --init_from=scratch"
         )
     return None
 
@@ -314,7 +324,7 @@ def resume_arguments(argv, out_dir):
 
 
 def fingerprint(meta):
-    """Of a data set: with other shards, a step would see other tokens."""
+    """A text that identifies the data set's shards: with others, a step would see other tokens."""
     splits = json.dumps(meta["splits"], sort_keys=True)
     count = meta["splits"]["train"]["tokens"]
     return f"{count:,} training tokens, checksum {zlib.crc32(splits.encode()):08x}"
@@ -333,7 +343,7 @@ def check_same_run(path, state, config, model_config_now, meta):
     saved_config = model_config(path, state, type(model_config_now))
     then = _identity(state["config"], saved_config, state["tokenizer"], state["shards"])
     now = _identity(config, model_config_now, meta["tokenizer"], fingerprint(meta))
-    if forbidden := _differences(then, now):
+    if forbidden := _changed_values(then, now):
         knobs = [name for name in now if name in config]
         raise RunError(
             f"the checkpoint is of another run: {', '.join(forbidden)}. Give these the "
@@ -341,7 +351,7 @@ def check_same_run(path, state, config, model_config_now, meta):
             f"everything but {', '.join(knobs)}, and the data set's tokenizer and shards"
         )
     free = [name for name in config if name not in now and name not in NO_CHANGE]
-    return _differences(state["config"], {name: config[name] for name in free})
+    return _changed_values(state["config"], {name: config[name] for name in free})
 
 
 def _identity(config, model_config, tokenizer, shards):
@@ -354,7 +364,7 @@ def _identity(config, model_config, tokenizer, shards):
     }
 
 
-def _differences(then, now):
+def _changed_values(then, now):
     """The values of `now` that are not those of `then`, as text."""
     return [
         f"{name}: {then[name]!r} -> {now[name]!r}"
@@ -369,9 +379,9 @@ def _differences(then, now):
 class Metrics:
     """metrics.jsonl: a JSON object a line.
 
-    Opened at `step`, it first drops what a killed run wrote beyond it; opened at None, all that is
-    there. Raises RunError when the disk is full or not writable. trackers: objects whose `write`
-    gets each line as well, as a dict.
+    Opened at `step`, it first drops the lines that a killed run wrote beyond it; with step=None it
+    drops all lines. Raises RunError when the disk is full or not writable. trackers: objects whose
+    `write` gets each line as well, as a dict.
     """
 
     def __init__(self, out_dir, step, trackers=()):

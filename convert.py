@@ -104,7 +104,7 @@ def save(out_dir, model, about):
     """
     out_dir = Path(out_dir).expanduser()
     _lock = checkpoint.lock(out_dir)
-    if there := checkpoint.steps(out_dir):
+    if there := checkpoint.checkpoints(out_dir):
         raise RunError(f"{out_dir} holds a run already ({there[-1].name}); name a new folder")
     state = {
         "config": {},

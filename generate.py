@@ -6,10 +6,12 @@ keys and values whose size never changes, so that the step is compiled once.
     for new in generate(decoder, [[50256, 464], [50256]], 100, top_k=200):
         ...                                     # a token of each prompt
 
-A text depends on its prompt and its seed alone, and not on what else is in the batch. Beyond
-block_size the last half of the text becomes the new beginning.
+A text depends on its prompt and its seed alone, but for rounding: what else is in the batch may
+change the last bits of the logits, and so a token where two are as good as equal. Beyond block_size
+the last half of the text becomes the new beginning.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,8 +22,8 @@ from torch.nn import functional as F
 from passes import compiler_options
 
 
-class Whole(NamedTuple):
-    """One layer's cache, as attention sees it while prompts are read."""
+class PrefillCache(NamedTuple):
+    """One layer's cache, as attention sees it while whole texts are read."""
 
     keys: torch.Tensor  # (B, H, S, C/H), of the decoder's B rows
     values: torch.Tensor
@@ -35,7 +37,7 @@ class Whole(NamedTuple):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-class Step(NamedTuple):
+class DecodeCache(NamedTuple):
     """One layer's cache, as attention sees it when every row gets one token more."""
 
     keys: torch.Tensor  # (B, H, S, C/H)
@@ -80,12 +82,12 @@ class Decoder:
             self.run_head = torch.compile(run_head, **options)
 
     @torch.no_grad()
-    def read(self, rows, texts):
+    def prefill(self, rows, texts):
         """Begin `rows` anew with `texts`, lists of 1 to `length` tokens -> the logits (rows, V) of
         the token after each.
 
-        Shorter texts are padded at the end, where no token of theirs looks. Runs eagerly: it would
-        be a graph a length.
+        Shorter texts are padded at the end; causal attention never looks there. Runs eagerly, since
+        each prompt length would need its own graph.
         """
         longest = max(map(len, texts))
         idx = torch.tensor(
@@ -95,7 +97,7 @@ class Decoder:
             streams = self.model.embed(idx)
             x0 = streams.x
             for block, keys, values in zip(self.model.blocks, self.keys, self.values):
-                streams = run_block(block, streams, x0, Whole(keys, values, rows))
+                streams = run_block(block, streams, x0, PrefillCache(keys, values, rows))
             ends = [len(text) - 1 for text in texts]
             logits = run_head(self.model, streams.at(ends))
         for row, text in zip(rows, texts):
@@ -103,10 +105,10 @@ class Decoder:
         return logits
 
     @torch.no_grad()
-    def step(self, tokens, grows):
+    def step(self, tokens, keeps_token):
         """tokens (B,), one of each row -> the logits (B, V) of the one after it.
 
-        grows: whether each row keeps its token; otherwise the next step writes over it.
+        keeps_token: whether each row keeps its token; otherwise the next step writes over it.
         """
         positions = torch.tensor([min(used, self.length - 1) for used in self.used])
         positions = positions.to(self.device)
@@ -116,17 +118,22 @@ class Decoder:
             streams = self.model.embed(tokens[:, None], positions[:, None])
             x0 = streams.x
             for block, keys, values in zip(self.model.blocks, self.keys, self.values):
-                layer = Step(keys, values, rows, positions, visible[:, None, None])
+                layer = DecodeCache(keys, values, rows, positions, visible[:, None, None])
                 streams = self.run_block(block, streams, x0, layer)
             logits = self.run_head(self.model, streams)
-        for row, grow in enumerate(grows):
-            self.used[row] += grow
+        for row, keeps in enumerate(keeps_token):
+            self.used[row] += keeps
         return logits
+
+    def blank_logits(self):
+        """Zeros for the logits (B, V) of all rows."""
+        vocab_size = self.model.config.vocab_size
+        return torch.zeros(self.rows, vocab_size, dtype=self.dtype, device=self.device)
 
 
 def cache_length(length, block_size):
     """Room for `length` tokens: a multiple of 128, so that few lengths mean few graphs."""
-    return min(-(-length // 128) * 128, block_size)
+    return min(math.ceil(length / 128) * 128, block_size)
 
 
 # Functions of their own, and not the methods that they call: a training run may have compiled those
@@ -163,27 +170,26 @@ def generate(
     stop       the token that ends a text; it is still yielded
     The rest is sample_token's.
 
-    ValueError for an empty prompt, more text than the decoder has room for, or logits that are not
-    finite.
+    ValueError for no prompt, an empty one, more text than the decoder has room for, or logits that
+    are not finite.
     """
     size = decoder.model.config.block_size
     check_room(decoder, prompts, max_new_tokens)
     decoder.used = [0] * decoder.rows
     rows, texts = list(range(len(prompts))), [list(prompt) for prompt in prompts]
     running = [row < len(texts) for row in range(decoder.rows)]
-    draws = draw(seeds or rows, decoder.rows, max_new_tokens, decoder.device)
+    numbers = uniforms(seeds or rows, decoder.rows, max_new_tokens, decoder.device)
 
-    logits = torch.zeros(decoder.rows, decoder.model.config.vocab_size, device=decoder.device)
-    logits = logits.to(decoder.dtype)
-    logits[rows] = decoder.read(rows, [text[-size:] for text in texts])
-    for number in range(max_new_tokens):
-        known = logits[:, :n_vocab]
-        if not known.isfinite().all():
+    logits = decoder.blank_logits()
+    logits[rows] = decoder.prefill(rows, [text[-size:] for text in texts])
+    for i in range(max_new_tokens):
+        in_vocabulary = logits[:, :n_vocab]
+        if not in_vocabulary.isfinite().all():
             raise ValueError(
                 "the model's logits are not finite: its weights have diverged, or are damaged; "
                 "take an earlier checkpoint"
             )
-        tokens = sample_token(known, draws[number], temperature, top_k, top_p)  # (B,)
+        tokens = sample_token(in_vocabulary, numbers[i], temperature, top_k, top_p)  # (B,)
         new = tokens.tolist()
         yield [new[row] if running[row] else None for row in rows]
 
@@ -191,48 +197,64 @@ def generate(
             if running[row]:
                 texts[row].append(new[row])
                 running[row] = new[row] != stop
-        if number + 1 == max_new_tokens or not any(running):
+        if i + 1 == max_new_tokens or not any(running):
             return
-        full = [row for row in rows if running[row] and decoder.used[row] == size]
-        goes_on = [run and row not in full for row, run in enumerate(running)]
-        if any(goes_on):
-            logits = decoder.step(tokens, goes_on)
-        if full:
-            half = max(1, size // 2)
-            logits[full] = decoder.read(full, [texts[row][-half:] for row in full])
+        logits = next_logits(decoder, tokens, texts, running)
+
+
+def next_logits(decoder, tokens, texts, running):
+    """tokens (B,), the newest of each row -> the logits (B, V) of the one after it.
+
+    texts      of each prompt, its newest token included
+    running    (B) whether each row goes on; the logits of the others mean nothing
+
+    A row that has filled its block begins anew with the last half of its text.
+    """
+    size = decoder.model.config.block_size
+    full = [row for row in range(len(texts)) if running[row] and decoder.used[row] == size]
+    stepping = [run and row not in full for row, run in enumerate(running)]
+    logits = decoder.step(tokens, stepping) if any(stepping) else decoder.blank_logits()
+    if full:
+        half = max(1, size // 2)
+        logits[full] = decoder.prefill(full, [texts[row][-half:] for row in full])
+    return logits
 
 
 def check_room(decoder, prompts, max_new_tokens):
     """ValueError unless the decoder can continue these prompts so far."""
+    if not prompts:
+        raise ValueError("there is no prompt to continue; give at least one")
     lengths = [len(prompt) for prompt in prompts]
     if len(prompts) > decoder.rows:
         raise ValueError(f"{len(prompts)} prompts are more than the decoder's {decoder.rows} rows")
     if not all(lengths):
         raise ValueError(f"prompt {lengths.index(0)} has no token; the model needs one to begin")
     needed = max(lengths) + max_new_tokens
-    if needed > decoder.length < decoder.model.config.block_size:
+    # A cache of a whole block holds any text: what comes beyond begins anew.
+    moves_on = decoder.length == decoder.model.config.block_size
+    if needed > decoder.length and not moves_on:
         raise ValueError(f"{needed} tokens are more than the decoder's length {decoder.length}")
 
 
-def draw(seeds, rows, count, device):
-    """Numbers from [0, 1) for `count` tokens of each row, (count, rows) in float64 (on mps, which
-    has none, in float32). A row's own depend on its seed alone."""
-    draws = torch.zeros(count, rows, dtype=torch.float64)
+def uniforms(seeds, rows, count, device):
+    """Uniform numbers from [0, 1) for `count` tokens of each row, (count, rows) in float64 (on mps,
+    which has none, in float32). A row's own depend on its seed alone."""
+    numbers = torch.zeros(count, rows, dtype=torch.float64)
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        draws[:, row] = torch.rand(count, generator=generator, dtype=torch.float64)
+        numbers[:, row] = torch.rand(count, generator=generator, dtype=torch.float64)
     if device.type == "mps":
         # What rounding takes to 1 would lie outside.
-        draws = draws.float().clamp(max=1 - 2**-24)
-    return draws.to(device)
+        numbers = numbers.float().clamp(max=1 - 2**-24)
+    return numbers.to(device)
 
 
-def sample_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V), draws (B,) from [0, 1) -> a token each, (B,).
+def sample_token(logits, numbers, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V), uniform numbers (B,) from [0, 1) -> a token each, (B,).
 
     temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens; of these, top_p
-    keeps the likeliest that together hold p of the probability. With the tokens side by side from
-    the likeliest on, each as wide as its probability, the token is where the draw lies.
+    keeps the likeliest that together hold p of the probability. Inverse-transform sampling: sort by
+    probability, take the token whose cumulative interval holds the uniform number.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -240,11 +262,11 @@ def sample_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
     highest, tokens = logits.float().topk(k)
     # From the highest on: even a tiny temperature then leaves it at 0, and not at infinity.
     probabilities = ((highest - highest[:, :1]) / temperature).softmax(-1)
-    ends = probabilities.to(draws.dtype).cumsum(-1)  # (B, k), where each token's width ends
+    ends = probabilities.to(numbers.dtype).cumsum(-1)  # (B, k), where each token's interval ends
     last = torch.full_like(tokens[:, :1], k - 1)  # of those that are kept
     if top_p is not None:
         last = (ends[:, :-1] < top_p).sum(-1, keepdim=True)  # the likeliest always stays
-    place = torch.searchsorted(ends, draws[:, None] * ends.gather(1, last), right=True)
+    place = torch.searchsorted(ends, numbers[:, None] * ends.gather(1, last), right=True)
     return tokens.gather(1, place)[:, 0]
 
 

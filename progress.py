@@ -3,7 +3,7 @@ What a run tells of itself while it goes: counts, a clock, and the lines of its 
 
     tally, clock = Tally([0.0] * 5, device), Clock(step)
     tally.add(bad, norm, grad_clip)             # every step; the host does not wait
-    line = measure(step, logged_step, tally, clock, loss, norm, lr)     # here it does
+    line = metrics_line(step, logged_step, tally, clock, loss, norm, lr)    # here it does
     print(log_line(line, max_iters, tokens_per_step))
 """
 
@@ -65,8 +65,13 @@ class Clock:
         return (time.time() - self.began) / (step - self.step)
 
 
-def measure(step, logged_step, tally, clock, loss, norm, lr):
-    """-> a line of metrics, as a dict. It is of all steps since the line of logged_step."""
+def metrics_line(step, logged_step, tally, clock, loss, norm, lr):
+    """-> a line of metrics, as a dict.
+
+    loss, norm and lr are the last step's; norm_max, clipped and skipped cover the steps since
+    logged_step; ms and data_ms the steps since the clock's restart. clipped is a share of the
+    steps, bad counts the newest steps in a row that were not finite.
+    """
     loss, norm = torch.stack([loss, norm]).tolist()
     bad_in_a_row, _, skipped, clipped, norm_max = tally.read()
     return {
@@ -100,7 +105,7 @@ def log_line(line, max_iters, tokens_per_step, ideal_ms=0.0, seconds_left=0.0):
 
 
 def duration(seconds):
-    """3725.0 -> "1h 2m": the two largest units."""
+    """3725.0 -> "1h 2m": the two largest units that are not 0."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

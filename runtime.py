@@ -28,7 +28,8 @@ import watchdog
 TESTED_TORCH = ("2.11", "2.12", "2.13")  # versions that the tests pass on
 
 # Dense flops per second in bfloat16 (float16 where a GPU has no bfloat16), from the data sheets.
-# The first name that is found in the GPU's own name counts: a longer name stands before its prefix.
+# The first name that is found in the GPU's own name counts: a name stands before every name that it
+# contains.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -112,6 +113,12 @@ def peak_memory(device):
     """Bytes at the worst moment so far: of the GPU, else of this process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux ru_maxrss of a process begins at the peak of the one that started it.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024  # the line is in kB
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -147,11 +154,15 @@ def keep_freed_memory():
     Otherwise glibc gives large blocks back to the system, and the page faults of taking them
     again are up to a third of what the streams cost. Without glibc nothing happens.
     """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     # An older glibc refuses 1 GiB; 32 MiB is the most that it takes.
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
@@ -166,8 +177,8 @@ def torch_is_tested():
 def differences(wanted, found, tolerance):
     """The names of the tensors in `found` that are not those in `wanted`, the worst first.
 
-    The norm of a difference may be `tolerance` times the norm of the wanted tensor; below 1e-5 of
-    the largest norm of all, a difference is rounding.
+    A difference may have the norm tolerance * |wanted| + 1e-5 * (largest norm): a tensor that is
+    small beside the others is rounding.
     """
     norms = {name: tensor.float().norm().item() for name, tensor in wanted.items()}
     floor = 1e-5 * max(norms.values())
@@ -186,6 +197,9 @@ def compiler_on_trial(model, sample, autocast):
 
     sample: the model's arguments, here one sequence and its targets. autocast: the context in which
     the model computes. Raises RunError where they differ; it names the parameter that is worst.
+
+    The tolerance of `differences` is 1e-3, and 0.2 under autocast, where eager and compiled code
+    round to 16 bits at different places.
     """
     if torch_is_tested():
         yield
@@ -194,12 +208,15 @@ def compiler_on_trial(model, sample, autocast):
     yield
     found = loss_and_gradients(model, sample, autocast)
     exact = isinstance(autocast, contextlib.nullcontext)
-    wrong = differences(wanted, found, tolerance=1e-3 if exact else 0.2)
+    tolerance = 1e-3 if exact else 0.2
+    why = "" if exact else ", wide since autocast rounds to 16 bits"
+    wrong = differences(wanted, found, tolerance)
     if wrong:
         raise RunError(
             f"torch {torch.__version__} compiles this model wrongly: {wrong[0]} (and "
-            f"{len(wrong) - 1} more) is not what the eager model computes. Use --compile=False, or "
-            f"a torch that the tests know: {', '.join(TESTED_TORCH)}"
+            f"{len(wrong) - 1} more) is not what the eager model computes (tolerance: {tolerance} "
+            f"of its norm{why}). Use --compile=False, or a torch that the tests know: "
+            f"{', '.join(TESTED_TORCH)}"
         )
     print0(f"torch {torch.__version__} is untested; compiled gradients are the eager ones")
 
@@ -351,7 +368,7 @@ def on_all_ranks(group, work, *arguments):
 
 
 def on_rank_0(group, work, *arguments):
-    """The same for what rank 0 does alone: its result there, None on the other ranks."""
+    """work(*arguments) on rank 0 alone; its result there, None elsewhere; its errors on all."""
     return on_all_ranks(group, work if ranks()[0] == 0 else _nothing, *arguments)
 
 
@@ -370,8 +387,8 @@ def from_rank_0(group, value):
 class StopSignal:
     """SIGTERM or Ctrl-C: the step is finished, a checkpoint written, and all ranks leave together.
 
-    Without torchrun a second Ctrl-C leaves at once. torchrun repeats signals, and its own patience
-    decides.
+    Without torchrun a second Ctrl-C leaves at once. torchrun sends the signal again and kills the
+    workers after its own timeout, so a second signal changes nothing here.
     """
 
     def __init__(self, group):

@@ -104,8 +104,8 @@ def planned(cell):
     config, _ = comparison.read_run(cell.folder)
     if config:
         check_same(cell, config, cell.folder)
-    checkpoints = [int(path.stem.removeprefix("ckpt_")) for path in checkpoint.steps(cell.folder)]
-    return Run(cell, max(checkpoints, default=0), steps)
+    saved = [int(path.stem.removeprefix("ckpt_")) for path in checkpoint.checkpoints(cell.folder)]
+    return Run(cell, max(saved, default=0), steps)
 
 
 def start(run, options, slot):

@@ -15,9 +15,8 @@ Several machines, and SLURM: dev/many_machines.md.
 The knobs below are those of GPT-2 124M with 4 TBP streams on OpenWebText; config files and
 --key=value override them.
 
-A run is a pure function of its knobs and the step: which tokens a step sees and what dropout draws
-depend on (seed, step) alone, so a run that was killed and resumed ends with the same bits as one
-that was not.
+Which tokens a step sees depends on (seed, step) alone; dropout also on rank, number of processes
+and batch_size. With these unchanged, a killed and resumed run ends with the same bits.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ from configurator import configure, resolve
 from data import DataError, TokenBlocks, verify, write_atomic
 from mixers import OPTIONS, composite_gain, options_of
 from model import GPT, GPTConfig
-from progress import Clock, Tally, log_line, measure
+from progress import Clock, Tally, log_line, metrics_line
 from runtime import RunError, on_all_ranks, on_rank_0, print0
 from tokenizer import tokenizer_name
 from trackers import check_packages, open_trackers
@@ -118,9 +117,11 @@ if shape := warm_start.knobs(init_from):  # the model's knobs that nobody named 
 
 def check_knobs():
     """Raises ValueError for what no run can have."""
-    at_least_1 = "batch_size block_size total_batch_tokens eval_interval log_interval"
-    at_least_1 += " checkpoint_interval keep_checkpoints max_bad_steps"
-    for name in at_least_1.split():
+    at_least_1 = (
+        *("batch_size", "block_size", "total_batch_tokens", "max_bad_steps"),
+        *("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints"),
+    )
+    for name in at_least_1:
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
     for name in ("grad_clip", "weight_decay", "max_iters", "warmup_iters"):
@@ -215,7 +216,7 @@ def resume(state, path, model, optimizer, progress, meta):
     if changed:
         print0("changed since the checkpoint: " + ", ".join(changed))
     if state["config"]["eval_tokens"] != eval_tokens:
-        progress.evaluated = None  # not on these tokens
+        progress.evaluated = None  # the old evaluation read other tokens
 
 
 def compile_model(model, val_blocks, autocast, device):
@@ -246,7 +247,7 @@ def to_device(batch, device):
 def micro_batches(blocks, step, sequences, device):
     """This rank's (idx, targets) on the device, micro-step by micro-step from `step` on, for ever.
 
-    A step's `sequences` are dealt in turn to the ranks of its first micro-step, of its second, …
+    Micro-step m gives rank r the sequences from (m * world_size + r) * batch_size on.
     """
     rank, _, world_size = runtime.ranks()
     while True:
@@ -258,7 +259,8 @@ def micro_batches(blocks, step, sequences, device):
 
 @torch.no_grad()
 def evaluate(model, blocks, autocast, device):
-    """-> mean loss over the first eval_tokens of the validation split, and the composite gain."""
+    """-> mean loss over the first eval_tokens of the validation split, and the composite gain of
+    the token-averaged M of one sequence."""
     rank, _, world_size = runtime.ranks()
     batches, sequences = evaluation_batches(blocks)
     total = torch.zeros((), device=device)
@@ -316,6 +318,8 @@ def main():
     stop = runtime.StopSignal(group)
 
     # The run's folder
+    if init_from == "resume":  # refused before there is a folder
+        on_rank_0(group, checkpoint.check_resumable, out_dir)
     if not eval_only:
         _lock = on_rank_0(group, checkpoint.lock, out_dir)  # held until the process ends
     start = on_rank_0(group, checkpoint.starting_point, out_dir, init_from)
@@ -414,7 +418,8 @@ def main():
             print0(f"step {progress.step}/{max_iters} | val {val:.4f} | composite gain {gain:.3f}")
             if rank == 0:
                 metrics.write(step=progress.step, val=val, gain=gain)
-            # A run that was stopped before an evaluation begins with it, and then saves it.
+            # A run stopped just before an evaluation evaluates first after resuming, and saves a
+            # checkpoint that knows of it.
             missed_evaluation = start is not None and progress.step == first_step
             improved = val < progress.best_val
             progress.best_val = min(val, progress.best_val)
@@ -428,15 +433,15 @@ def main():
             clock.restart(progress.step)  # log lines time steps alone
 
         # Forward, backward
-        torch.manual_seed(seed + 1_000_003 * progress.step + rank)  # dropout draws from the step
+        torch.manual_seed(seed + 1_000_003 * progress.step + rank)  # dropout: by step and rank
         loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             replica.require_backward_grad_sync = micro_step == micro_steps - 1  # of DDP
             with autocast:
                 micro_loss = replica(*batch)[1] / micro_steps
-            fetched = time.time()
+            began = time.time()
             batch = next(batches)  # while the device is busy with what was queued
-            clock.waited += time.time() - fetched
+            clock.waited += time.time() - began
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         if group:
@@ -465,7 +470,7 @@ def main():
             print0(f"the first step, compiling included, took {seconds:.1f} s")
             whole_run.restart(progress.step)
         if progress.step % log_interval == 0 or progress.step == 1:
-            line = measure(progress.step, progress.logged_step, tally, clock, loss, norm, lr)
+            line = metrics_line(progress.step, progress.logged_step, tally, clock, loss, norm, lr)
             left = 0.0
             if progress.step > whole_run.step:
                 left = whole_run.seconds_per_step(progress.step) * (max_iters - progress.step)

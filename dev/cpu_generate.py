@@ -72,9 +72,9 @@ def yardstick_step(model, text):
     return torch.cat([text, torch.multinomial(probabilities, 1)], 1)
 
 
-def decoder_step(decoder, logits, draws):
+def decoder_step(decoder, logits, numbers):
     """One token of a decoder, from the logits of the one before."""
-    return decoder.step(sample_token(logits, draws, top_k=top_k), [True] * rows)
+    return decoder.step(sample_token(logits, numbers, top_k=top_k), [True] * rows)
 
 
 class Times:
@@ -94,15 +94,15 @@ class Times:
 def main():
     plain, models = build("residual"), {name: build(name) for name in mixers.split(",")}
     activations = getattr(torch, dtype)
-    length, draws = prompt_tokens + new_tokens, torch.rand(rows, dtype=torch.float64)
+    length, numbers = prompt_tokens + new_tokens, torch.rand(rows, dtype=torch.float64)
     decoders, logits = {}, {}
     for name, model in models.items():
         if activations != torch.float32:
             cast_weights(model, activations)
         decoders[name] = Decoder(model, rows, length, dtype=activations, compiled=compile)
-        logits[name] = decoders[name].read(list(range(rows)), [[0] * prompt_tokens] * rows)
+        logits[name] = decoders[name].prefill(list(range(rows)), [[0] * prompt_tokens] * rows)
         began = time.perf_counter()
-        logits[name] = decoder_step(decoders[name], logits[name], draws)
+        logits[name] = decoder_step(decoders[name], logits[name], numbers)
         print(f"{name}: the first step took {time.perf_counter() - began:.1f} s", flush=True)
 
     yardstick, times = Times(), {name: Times() for name in models}
@@ -113,7 +113,7 @@ def main():
         for name, decoder in decoders.items():
             decoder.used = [at] * rows
             for _ in range(steps):
-                logits[name] = times[name].call(decoder_step, decoder, logits[name], draws)
+                logits[name] = times[name].call(decoder_step, decoder, logits[name], numbers)
 
     base = {"wall": statistics.mean(yardstick.wall), "cpu": statistics.mean(yardstick.cpu)}
     lines = [{"model": "nanoGPT's loop", **{key: s * 1e3 for key, s in base.items()}}]

@@ -464,6 +464,8 @@ def test_a_refusal_on_one_rank_is_one_on_all_and_said_once(
         and "Traceback" not in refusal
     ), output
     assert {path.name for path in tmp_path.glob("out/*")} <= {".lock"}
+    if arguments == ["--init_from=resume"]:
+        assert not (tmp_path / "out").exists()
 
 
 # ---- long ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from generate import Decoder, cache_length, cast_weights, draw, generate, sample_token
+from generate import Decoder, cache_length, cast_weights, generate, sample_token, uniforms
 from mixers import MIXERS
 from model import GPT, GPTConfig
 
@@ -46,7 +46,7 @@ def choose(logits, number, temperature, top_k, top_p):
 def without_cache(model, prompt, count, temperature=0, top_k=None, top_p=None, seed=0):
     """What `generate` yields for one prompt, by running the model on the whole window each time."""
     size = model.config.block_size
-    numbers = draw([seed], 1, count, torch.device("cpu"))[:, 0].tolist()
+    numbers = uniforms([seed], 1, count, torch.device("cpu"))[:, 0].tolist()
     text, window = list(prompt), list(prompt)[-size:]
     for number in numbers:
         if len(window) > size:
@@ -73,7 +73,7 @@ def test_a_step_gives_the_logits_of_the_whole_text(mixer):
         with torch.no_grad():
             expected = model(texts)[0]  # (2, 16, V)
         decoder = Decoder(model, 2, 16, compiled=False)
-        found = [decoder.read([0, 1], [text[:3].tolist() for text in texts])]
+        found = [decoder.prefill([0, 1], [text[:3].tolist() for text in texts])]
         found += [decoder.step(texts[:, t], [True, True]) for t in range(3, 16)]
         torch.testing.assert_close(torch.stack(found, 1), expected[:, 2:], rtol=1e-4, atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_bfloat16_has_the_logits_of_autocast():
         expected = model(texts)[0].float()
     cast_weights(model, torch.bfloat16)
     decoder = Decoder(model, 1, 16, dtype=torch.bfloat16, compiled=False)
-    found = [decoder.read([0], [texts[0, :3].tolist()])]
+    found = [decoder.prefill([0], [texts[0, :3].tolist()])]
     found += [decoder.step(texts[:, t], [True]) for t in range(3, 12)]
     error = (torch.stack(found, 1).float() - expected[:, 2:]).norm() / expected[:, 2:].norm()
     assert error < 0.05
@@ -159,26 +159,26 @@ def test_bfloat16_has_the_logits_of_autocast():
 def test_sample_token_is_the_plain_one():
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(50, 40, generator=generator)
-    draws = torch.rand(50, generator=generator, dtype=torch.float64)
+    numbers = torch.rand(50, generator=generator, dtype=torch.float64)
     for temperature, top_k, top_p in itertools.product(
         [0, 0.5, 1.0, 1e-42], [None, 1, 7, 99], [None, 0.0, 0.3, 0.9]
     ):
-        found = sample_token(logits, draws, temperature, top_k, top_p).tolist()
-        rows = zip(logits.tolist(), draws.tolist())
+        found = sample_token(logits, numbers, temperature, top_k, top_p).tolist()
+        rows = zip(logits.tolist(), numbers.tolist())
         assert found == [choose(row, number, temperature, top_k, top_p) for row, number in rows]
 
 
 @pytest.mark.quick
 def test_tokens_come_as_often_as_their_probability_says():
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().repeat(20_000, 1)
-    draws = draw([0], 1, 20_000, torch.device("cpu"))[:, 0]
-    counts = torch.bincount(sample_token(logits, draws), minlength=4) / 20_000
+    numbers = uniforms([0], 1, 20_000, torch.device("cpu"))[:, 0]
+    counts = torch.bincount(sample_token(logits, numbers), minlength=4) / 20_000
     assert (counts - torch.tensor([0.1, 0.4, 0.2, 0.3])).abs().max() < 0.015
-    kept = sample_token(logits, draws, top_p=0.65)  # .4 + .3
+    kept = sample_token(logits, numbers, top_p=0.65)  # .4 + .3
     assert set(kept.tolist()) == {1, 3}
 
 
-def test_draws_at_the_ends_choose_a_token_that_is_kept():
+def test_numbers_at_the_ends_choose_a_token_that_is_kept():
     logits = torch.tensor([[0.0, -math.inf, -200.0, 1.0]])
     most = torch.tensor([1 - 2**-53], dtype=torch.float64)
     assert sample_token(logits, most).item() in (0, 2)
@@ -187,8 +187,8 @@ def test_draws_at_the_ends_choose_a_token_that_is_kept():
 
 def test_a_seed_begins_with_the_same_numbers_at_any_length():
     cpu = torch.device("cpu")
-    assert torch.equal(draw([1, 2], 2, 100, cpu)[:7], draw([1, 2], 2, 7, cpu))
-    assert not torch.equal(*draw([1, 2], 2, 100, cpu).unbind(1))
+    assert torch.equal(uniforms([1, 2], 2, 100, cpu)[:7], uniforms([1, 2], 2, 7, cpu))
+    assert not torch.equal(*uniforms([1, 2], 2, 100, cpu).unbind(1))
 
 
 def test_few_lengths():
@@ -199,6 +199,7 @@ def test_few_lengths():
 @pytest.mark.parametrize(
     "prompts, count, says",
     [
+        ([], 3, "there is no prompt"),
         ([[1], []], 3, "prompt 1 has no token"),
         ([[1], [1], [1]], 3, "3 prompts are more than the decoder's 2 rows"),
         ([[1]], 200, "201 tokens are more than the decoder's length 128"),

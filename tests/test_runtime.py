@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import ROOT, run, run_with
 import runtime
 
 CPU = torch.device("cpu")
+STATUS = Path("/proc/self/status")
 
 
 @pytest.mark.quick
@@ -66,6 +68,19 @@ def test_a_cpu_promises_no_flops_and_has_a_peak_of_memory():
     del block
 
 
+@pytest.mark.skipif(
+    not STATUS.exists() or "VmHWM" not in STATUS.read_text(),
+    reason="needs the peak that Linux keeps",
+)
+def test_the_peak_of_a_started_process_is_not_that_of_its_parent():
+    block = torch.ones(2**30, dtype=torch.uint8)
+    code = "import runtime, torch; print(runtime.peak_memory(torch.device('cpu')))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 2**30 < runtime.peak_memory(CPU)
+    del block
+
+
 def git(folder, *arguments):
     identity = ["-c", "user.name=x", "-c", "user.email=x@y"]
     subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
@@ -89,12 +104,13 @@ def test_provenance_names_the_commit_that_holds_the_file(tmp_path):
     copy.mkdir(parents=True)
     for folder in (tmp_path, repository, copy):
         shutil.copy(ROOT / "runtime.py", folder)
+        shutil.copy(ROOT / "watchdog.py", folder)  # which it imports
     nothing = {"commit": None, "clean": None}
     assert nothing.items() <= provenance_of(tmp_path).items()  # no repository
 
     git(repository, "init", "-q")
     (repository / ".gitignore").write_text("copy\n__pycache__\n")
-    git(repository, "add", ".gitignore", "runtime.py")
+    git(repository, "add", ".gitignore", "runtime.py", "watchdog.py")
     git(repository, "commit", "-qm", "one")
     done = subprocess.run(
         ["git", "-C", repository, "rev-parse", "HEAD"], capture_output=True, text=True

@@ -422,6 +422,13 @@ def test_a_log_line_tells_the_time_left(tiny):
     assert [line.endswith(" left") for line in lines] == [False, True, True, False]
 
 
+def test_a_refused_resume_makes_no_folder(tiny, tmp_path):
+    folder = tmp_path / "nowhere" / "at" / "all"
+    says = run(*tiny, f"--out_dir={folder}", "--init_from=resume", ok=False)
+    assert f"{folder} has no checkpoint to resume from" in says
+    assert not (tmp_path / "nowhere").exists()
+
+
 class RunsCode:
     def __reduce__(self):
         return os.mkdir, ("owned",)
