@@ -15,7 +15,7 @@ run: .venv/ready
 	$(BIN)/python sample.py --out_dir=out/laptop-tbp
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 quick: .venv/ready-dev
 	$(BIN)/python -m pytest -m quick

@@ -135,7 +135,7 @@ def matrices(old, new, idx):
     streams = old.embed(idx)
     x0 = streams.x
     for layer, block in enumerate(old.blocks):
-        streams = block.start(streams, x0)
+        streams = block.enter(streams, x0)
         for part, connection, branch in block.connections():
             name = f"blocks.{layer}.{part}"
             if isinstance(connection, HyperConnection):
