@@ -16,12 +16,12 @@ the rest, or begins them again (--max-restarts). A process counts its own beats 
 so that a job goes on which was suspended as a whole.
 """
 
+import atexit
 import itertools
 import os
 import socket
 import sys
 import threading
-import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -65,22 +65,33 @@ def watch(store, rank, world_size, groups, seconds):
     groups: the process groups whose collectives are counted.
     """
     own = store.clone()  # of this thread: a process's other waits do not hold up its beat
-    arguments = (own, rank, world_size, groups, seconds)
-    threading.Thread(target=beat_and_listen, args=arguments, daemon=True).start()
+    ended = threading.Event()
+    arguments = (own, rank, world_size, groups, seconds, ended)
+    thread = threading.Thread(target=beat_and_listen, args=arguments, daemon=True)
+    thread.start()
+    # Python aborts where it ends while a daemon thread is inside C++, here the store.
+    atexit.register(stop, thread, ended)
 
 
-def beat_and_listen(store, rank, world_size, groups, seconds):
+def stop(thread, ended):
+    ended.set()
+    thread.join(timeout=10)  # longer only where the store does not answer
+
+
+def beat_and_listen(store, rank, world_size, groups, seconds, ended):
     peers = {other: Peer() for other in range(world_size) if other != rank}
     keys = [f"beat/{other}" for other in peers]
     for beat in itertools.count(1):
-        time.sleep(seconds / BEATS)
+        if ended.wait(seconds / BEATS):
+            return
         # No name in torch is public for this; the tests hold that it counts what is entered.
         entered = sum(group._get_sequence_number_for_group() for group in groups)
         try:
             store.set(f"beat/{rank}", f"{beat} {entered}")
             heard = store.multi_get(keys)
         except RuntimeError as error:
-            time.sleep(seconds)  # a job that has ended takes its store with it, and us as well
+            if ended.wait(seconds):  # a job that has ended takes its store with it, and us as well
+                return
             end(f"the store of the job does not answer ({str(error).splitlines()[0]})")
         for peer, text in zip(peers.values(), heard):
             peer.hear(*map(int, text.split()))

@@ -54,12 +54,10 @@ def wait_for_a_write(process, out_dir):
 @pytest.mark.parametrize(
     "processes, compiled, kills",
     [
-        (1, False, 20),
-        (2, False, 5),
-        (1, True, 3),
+        (1, False, 5),
         *(
             pytest.param(*case, 20, marks=pytest.mark.long)
-            for case in [(2, False), (1, True), (2, True)]
+            for case in [(1, False), (2, False), (1, True), (2, True)]
         ),
     ],
 )

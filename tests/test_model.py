@@ -172,7 +172,13 @@ def test_every_mixer_fits_a_few_sequences(mixer, tokens):
     assert trained(build(mixer), tokens, 60) < 1.0 < math.log(61) - 1
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+CONTROLS = [m for m in MIXING if not MIXERS[m].doubly_stochastic and MIXERS[m].bounded]
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [pytest.param(m, marks=pytest.mark.long) if m in CONTROLS else m for m in MIXERS],
+)
 def test_compiled_is_eager_one_graph_a_region_compiled_once(mixer, tokens):
     torch.compiler.reset()
     counters.clear()

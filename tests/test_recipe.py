@@ -54,8 +54,17 @@ def comparable(name, weight):
     return torch.cat([query, value])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mixer", ["residual", "hc", "tbp"])
+@pytest.mark.parametrize(
+    "mixer, compiled",
+    [
+        ("residual", False),
+        ("hc", False),
+        ("tbp", False),
+        ("tbp", True),
+        pytest.param("residual", True, marks=pytest.mark.long),
+        pytest.param("hc", True, marks=pytest.mark.long),
+    ],
+)
 def test_the_run_is_that_of_a_plain_loop(mixer, compiled, tiny, tiny_data, tmp_path, report):
     n = 1 if mixer == "residual" else 3
     arguments = [*tiny, *RECIPE, f"--mixer={mixer}", f"--n_streams={n}", f"--compile={compiled}"]

@@ -192,9 +192,8 @@ for name in ("fcntl", "resource"):
 def test_trains_and_samples_without_fcntl_and_resource(tiny, tmp_path):
     output = run_with(NO_MODULES, *tiny)
     assert "cannot be locked here (No module named 'fcntl'); see to it yourself" in output
-    assert "finished: 6 steps" in output and "peak memory" not in output
+    assert "finished: 6 steps" in output
     sample = ["sample.py", f"--out_dir={tmp_path}/out", "--max_new_tokens=3", "--compile=False"]
-    sample.append("--compile=False")
     assert "--- sample 3 ---" in run_with(NO_MODULES, *sample)
 
 
