@@ -3,11 +3,13 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from conftest import records, run, start, wait_for
+from conftest import ROOT, records, run, start, wait_for
 from test_faults import by_hand
 
 from watchdog import BEATS, Peer, given_up, missing_ranks
@@ -129,3 +131,26 @@ def test_two_nodes_compute_what_one_process_does(tiny, tmp_path):
     for a, b in zip(one, two):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
         assert a.get("val", 0) == pytest.approx(b.get("val", 0), abs=1e-4)
+
+
+ENDS_AT_ONCE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+import watchdog
+
+store = dist.TCPStore("127.0.0.1", 0, 1, True)
+store.set("process/1", "another")
+store.set("beat/1", "0 0")
+watchdog.watch(store, 0, 2, (), seconds=2e-3)
+for beat in range(5):
+    store.set("beat/1", f"{beat} 0")
+"""
+
+
+def test_a_process_ends_cleanly_while_its_thread_beats():
+    """Ten beats a millisecond, so that Python ends while the thread is inside the store."""
+    for _ in range(3):
+        command = [sys.executable, "-c", ENDS_AT_ONCE, str(ROOT)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
