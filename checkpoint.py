@@ -34,8 +34,9 @@ KEYS = {
     *("tokenizer", "n_vocab", "shards"),
     *("step", "best_val", "evaluated", "logged_step", "tally", "scaler"),  # train.py's `progress`
 }
-# A resumed run must keep these, and model_config.
-FIXED = ("seed", "dataset", "total_batch_tokens")
+# A resumed run must keep these, and model_config. The last two sort parameters into groups of the
+# optimizer.
+FIXED = ("seed", "dataset", "total_batch_tokens", "connection_lr", "decay_phi")
 # These change where a run lies, how it starts and who hears of it, but not the run.
 NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes", "tensorboard")
 NO_CHANGE += ("wandb_project",)
@@ -357,7 +358,7 @@ def check_same_run(path, state, config, model_config_now, meta):
 def _identity(config, model_config, tokenizer, shards):
     """What makes a run this one and not another, by name."""
     return {
-        **{name: config[name] for name in FIXED},
+        **{name: config[name] for name in FIXED if name in config},  # an older run lacks some
         **asdict(model_config),
         "tokenizer": tokenizer_name(tokenizer),
         "shards": shards,

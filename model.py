@@ -362,11 +362,22 @@ class GPT(nn.Module):
         if missed:
             raise RuntimeError(f"init_parameters does not know how to start {missed}")
 
-    def parameter_groups(self, weight_decay):
+    def parameter_groups(self, weight_decay, connection_lr=1.0, decay_phi=True):
         """Optimizer groups by role, the same rule for every mixer. Matrices and embeddings decay,
-        phi among them. What shifts or scales does not: norms, biases, the alphas, the vectors that
-        the streams start with, x0_scalars."""
-        decays = {(nn.Linear, "weight"), (nn.Embedding, "weight"), (Coefficients, "phi")}
+        phi among them if decay_phi. What shifts or scales does not: norms, biases, the alphas, the
+        vectors that the streams start with, x0_scalars.
+
+        "lr_factor" of a group is connection_lr for phi, alpha and bias of the hyper-connections
+        and of a learned read-out, and 1 for all else. ValueError where the model has none of these
+        and one of the two arguments says how to treat them.
+        """
+        has_connections = any(isinstance(module, Coefficients) for module in self.modules())
+        if not has_connections and (connection_lr != 1 or not decay_phi):
+            raise ValueError(
+                f"connection_lr = {connection_lr} and decay_phi = {decay_phi} are for "
+                f"hyper-connections, and {self.config.mixer} has none; leave them at 1 and True"
+            )
+        decays = {(nn.Linear, "weight"), (nn.Embedding, "weight")}
         keeps = {
             (nn.Linear, "bias"),
             (nn.LayerNorm, "weight"),
@@ -376,21 +387,25 @@ class GPT(nn.Module):
             (Embedding, "offsets"),
             (Block, "x0_scalars"),
         }
-        decay, keep = [], []
+        (decays if decay_phi else keeps).add((Coefficients, "phi"))
+
+        groups = {}  # (whether it decays, lr_factor): parameters
         for module_name, module in self.named_modules():
             kind = Coefficients if isinstance(module, Coefficients) else type(module)
+            factor = connection_lr if kind is Coefficients else 1.0
             for name, parameter in module.named_parameters(recurse=False):
-                if (kind, name) in keeps:
-                    keep.append(parameter)
-                elif (kind, name) in decays:
-                    decay.append(parameter)
-                else:
+                if (kind, name) not in decays | keeps:
                     raise RuntimeError(
                         f"parameter_groups does not know the role of {module_name}.{name}"
                     )
+                groups.setdefault(((kind, name) in decays, factor), []).append(parameter)
         return [
-            {"params": decay, "weight_decay": weight_decay},
-            {"params": keep, "weight_decay": 0.0},
+            {
+                "params": groups[decay, factor],
+                "weight_decay": weight_decay if decay else 0.0,
+                "lr_factor": factor,
+            }
+            for decay, factor in sorted(groups, reverse=True)
         ]
 
     def parameter_counts(self):

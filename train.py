@@ -92,7 +92,9 @@ learning_rate = 6e-4  # peak, after warmup
 min_lr = 6e-5  # at the end of the cosine
 warmup_iters = 2000  # steps of linear warmup
 lr_decay_iters = 600_000  # steps until min_lr
+connection_lr = 1.0  # a factor of the rate for the hyper-connections' phi, alpha and biases
 weight_decay = 0.1  # of matrices; norms, biases and gates do not decay
+decay_phi = True  # whether phi decays as the other matrices do
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
 grad_clip = 1.0  # norm that gradients are clipped to; 0: never
@@ -124,7 +126,7 @@ def check_knobs():
     for name in at_least_1:
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
-    for name in ("grad_clip", "weight_decay", "max_iters", "warmup_iters"):
+    for name in ("grad_clip", "weight_decay", "connection_lr", "max_iters", "warmup_iters"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
     if not 0 < hang_minutes < 1e6:
@@ -344,9 +346,8 @@ def main():
 
     # The model and the optimizer
     model = build_model(meta["vocab_size"]).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True
-    )
+    groups = model.parameter_groups(weight_decay, connection_lr, decay_phi)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
     progress = SimpleNamespace(  # what a checkpoint carries beside weights and moments
         step=0,
         best_val=math.inf,
@@ -451,7 +452,7 @@ def main():
         # Clip, update
         lr = learning_rate_at(progress.step)
         for settings in optimizer.param_groups:
-            settings["lr"] = lr
+            settings["lr"] = lr * settings["lr_factor"]
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         bad = ~(loss.isfinite() & norm.isfinite())

@@ -34,7 +34,8 @@ def train(weights, folder, knobs, steps):
                 second[name] = b2 * second[name] + (1 - b2) * g**2
                 mean = first[name] / (1 - b1 ** (step + 1))
                 scale = (second[name] / (1 - b2 ** (step + 1))).sqrt() + 1e-8
-                p[name] -= lr * (decay(name) * knobs["weight_decay"] * p[name] + mean / scale)
+                rate = lr * (knobs["connection_lr"] if ".hc_" in name else 1)
+                p[name] -= rate * (decay(name, knobs) * p[name] + mean / scale)
         lines.append({"loss": loss.item(), "norm": norm, "lr": lr})
     return lines, {name: w.detach() for name, w in p.items()}
 
@@ -49,9 +50,11 @@ def learning_rate(step, knobs):
     return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / (end - warmup))) / 2
 
 
-def decay(name):
-    """1 for what multiplies activations: linear layers, embeddings and phi; 0 for all else."""
-    return int(name.endswith(".phi") or (name.endswith(".weight") and ".ln_" not in name))
+def decay(name, knobs):
+    """Only what multiplies activations decays: linear layers, embeddings and, if asked, phi."""
+    if name.endswith(".phi"):
+        return knobs["weight_decay"] * knobs["decay_phi"]
+    return knobs["weight_decay"] * (name.endswith(".weight") and ".ln_" not in name)
 
 
 # ---- the data ------------------------------------------------------------------------------------

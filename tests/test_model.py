@@ -231,6 +231,34 @@ def test_parameter_groups_partition_by_role(mixer, dynamic):
     )
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("connection_lr", (1.0, 4.0))
+@pytest.mark.parametrize("decay_phi", (True, False))
+def test_connections_may_have_a_rate_and_a_decay_of_their_own(connection_lr, decay_phi):
+    """Adam's first step is rate * sign(gradient), and a decay takes rate * decay * w."""
+    model = build("tbp", readout="learned")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = model.parameter_groups(0.5, connection_lr, decay_phi)
+    optimizer = torch.optim.AdamW([{**group, "lr": 0.01 * group["lr_factor"]} for group in groups])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+    for name, p in model.named_parameters():
+        of_connection = name.endswith(("phi", "alpha")) or ".hc_" in name or "read_out" in name
+        rate = 0.01 * (connection_lr if of_connection else 1)
+        matrix = p.ndim == 2 and (decay_phi or not name.endswith("phi"))
+        wanted = before[name] - rate * (1 + 0.5 * before[name] * matrix)
+        torch.testing.assert_close(p.detach(), wanted, msg=name, rtol=0, atol=1e-6)
+
+
+@pytest.mark.quick
+def test_a_model_without_connections_refuses_knobs_of_theirs():
+    for wrong in ({"connection_lr": 2.0}, {"decay_phi": False}):
+        with pytest.raises(ValueError, match="residual has none"):
+            build("residual").parameter_groups(0.1, **wrong)
+
+
 def test_initialisation_refuses_a_parameter_it_does_not_know():
     model = build("tbp")
     model.extra = torch.nn.Parameter(torch.zeros(3))

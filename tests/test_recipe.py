@@ -68,6 +68,8 @@ def comparable(name, weight):
 def test_the_run_is_that_of_a_plain_loop(mixer, compiled, tiny, tiny_data, tmp_path, report):
     n = 1 if mixer == "residual" else 3
     arguments = [*tiny, *RECIPE, f"--mixer={mixer}", f"--n_streams={n}", f"--compile={compiled}"]
+    if mixer == "hc":  # in one case the connections have settings of their own
+        arguments += ["--connection_lr=0.5", "--decay_phi=False"]
     weights = start_apart(arguments, tmp_path / "out", mixer)
     run(*arguments, "--init_from=resume")
     knobs = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -296,13 +296,14 @@ def test_a_run_is_not_written_over_nor_continued_as_another(tiny, tmp_path):
     run(*tiny, "--max_iters=2")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert "holds a run already" in run(*tiny, ok=False)
-    output = run(
-        *tiny, "--init_from=resume", "--n_layer=3", "--seed=7", "--block_size=32", ok=False
-    )
+    changed = "--n_layer=3 --seed=7 --block_size=32 --connection_lr=2.0 --decay_phi=False".split()
+    output = run(*tiny, "--init_from=resume", *changed, ok=False)
     for says in (
         "n_layer: 2 -> 3",
         "block_size: 16 -> 32",
         "seed: 1337 -> 7",
+        "connection_lr: 1.0 -> 2.0",
+        "decay_phi: True -> False",
         "may change everything but",
     ):
         assert says in output
