@@ -224,7 +224,7 @@ def write_table(study, options):
     """Write table.md and table.csv from what results/ has of the study; -> the text of table.md."""
     folder, plan = Path(options.results, study.name), cells(study, options)
     results = [result for cell in plan if (result := result_of(cell))]
-    others = sorted(map(str, set(folder.rglob("*.json")) - {cell.result for cell in plan}))
+    others = sorted(map(str, set(folder.glob("*/**/*.json")) - {cell.result for cell in plan}))
     text = comparison.report(study, results, len(plan), others)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "table.md", text.encode())

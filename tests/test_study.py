@@ -352,8 +352,9 @@ def test_a_damaged_result_and_one_of_no_cell_are_named(call, tiny_study, tmp_pat
     path, folder = tiny_study(), tmp_path / "results/tiny"
     (folder / "gone").mkdir(parents=True)
     (folder / "gone/seed1.json").write_text("{}")
+    (folder / "gain.json").write_text("{}")  # analyze.py's: no run's
     assert (
-        "Not in the table, since the study has no such cell: results/tiny/gone/seed1.json"
+        "Not in the table, since the study has no such cell: results/tiny/gone/seed1.json."
         in call(path, "--table")
     )
     (folder / "identity").mkdir()
