@@ -52,13 +52,14 @@ class Unusable(DataError):
 
 def find_files(patterns):
     """patterns: paths of files, of folders (all files below them, but hidden ones), or patterns.
-    What exists under exactly this name is a path, whatever signs are in it.
+    What exists under exactly this name is a path, whatever signs are in it; so are the folders
+    that a pattern begins with.
     -> sorted paths, each file once. Raises DataError, which names the patterns that find nothing.
     """
     paths, nothing, seen = [], [], set()
     for pattern in patterns:
         name = os.path.expanduser(pattern)
-        matches = [name] if os.path.lexists(name) else glob.glob(name, recursive=True)
+        matches = [name] if os.path.lexists(name) else _matches(name)
         files = [file for match in matches for file in _files_below(match)]
         if not files:
             nothing.append(pattern)
@@ -89,6 +90,15 @@ def read_whole(path):
             f"{path}: byte 0x{error.object[error.start]:02x} at position {error.start:,} is no "
             f"UTF-8; convert the file: iconv -f CP1252 -t UTF-8, or -f UTF-16"
         ) from error
+
+
+def _matches(pattern):
+    """-> the paths that a pattern finds. The folders at its beginning that exist are no pattern."""
+    folder = next(parent for parent in Path(pattern).parents if parent.exists())
+    if folder == Path("."):
+        return glob.glob(pattern, recursive=True)
+    rest = str(Path(pattern).relative_to(folder))
+    return glob.glob(os.path.join(glob.escape(str(folder)), rest), recursive=True)
 
 
 def _files_below(path):
@@ -395,19 +405,25 @@ def _text_of(row, key):
     value = row
     for part in [key] if key in row else key.split("."):
         if not isinstance(value, dict) or part not in value:
-            columns = brief(", ".join(_text_columns(row))) or "none, this row has no text"
-            return Unusable(f"no text in column {key!r}; pass --text-key, one of {columns}")
+            return Unusable(f"no text in column {key!r}; {_remedy(row)}")
         value = value[part]
     if value is None:
         return ""
     if not isinstance(value, str):
-        columns = brief(", ".join(_text_columns(row)))
-        choice = f"pass --text-key, one of {columns}, or " if columns else ""
+        kind = type(value).__name__
         return Unusable(
-            f"column {key!r} holds a {type(value).__name__}, not text: {brief(value, 80)}; "
-            f"{choice}write files that have one text in a row"
+            f"column {key!r} holds a {kind}, not text: {brief(value, 80)}; {_remedy(row)}"
         )
     return value
+
+
+def _remedy(row):
+    """What to do about a row without a text in the column that was asked for."""
+    if columns := _text_columns(row):
+        return f"pass --text-key, one of {brief(', '.join(columns))}"
+    kinds = [f"{name} (a {type(value).__name__})" for name, value in row.items()]
+    there = f"this row has {brief(', '.join(kinds))}" if kinds else "this row is empty"
+    return f"{there}; write files that have one text in a row"
 
 
 def _text_columns(row, prefix=""):

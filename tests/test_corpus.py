@@ -81,6 +81,17 @@ def test_what_exists_under_a_pattern_s_name_is_that_file(here):
     assert read("doc[*1].txt")[0] == ["doc*.txt", "doc1.txt"]
 
 
+@pytest.mark.parametrize("folder", ["a [b] c", "texts*", "what?", "one/[two]"])
+def test_the_folders_that_a_pattern_begins_with_are_no_pattern(here, folder):
+    (here / folder).mkdir(parents=True)
+    (here / "a b c").mkdir()  # what the first would mean as a pattern
+    for name in "one.txt", "two.txt", "three.md":
+        (here / folder / name).write_text(name)
+    assert read(f"{folder}/*.txt")[0] == ["one.txt", "two.txt"]
+    assert read(str(here / folder / "t*"))[0] == ["three.md", "two.txt"]
+    assert len(read(f"{folder}/**/*")[0]) == 3
+
+
 def test_home_links_and_folders_in_folders(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     deep = here / "texts/a/b"
@@ -263,10 +274,11 @@ def test_parquet_reads_the_text_s_column_alone(here):
 UNUSABLE = [
     ({"body": "x", "n": 1}, "no text in column 'text'; pass --text-key, one of body;"),
     ({"data": {"text": "x"}}, "one of data.text;"),
-    ({"n": 1}, "one of none, this row has no text"),
+    ({"n": 1, "turns": [{"text": "x"}]}, "this row has n (a int), turns (a list); write files"),
+    ({}, "no text in column 'text'; this row is empty; write files that have one text in a row"),
     ({"text": 3}, "holds a int, not text: 3"),
     ({"text": ["a" * 10**6]}, "holds a list, not text: ['aaa"),
-    ({"text": {"de": "x"}}, "one of text.de, or write files"),
+    ({"text": {"de": "x"}}, "pass --text-key, one of text.de"),
     ("[1, 2]", "[1, 2] is no object with columns"),
     ('"just a string"', "just a string is no object"),
     ("{broken", "no JSON"),
