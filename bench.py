@@ -45,8 +45,8 @@ from typing import NamedTuple
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read when CUDA starts
 import torch
-import torch._dynamo
 
+import compiler
 import runtime
 from configurator import configure
 from data import write_atomic
@@ -58,7 +58,7 @@ from model import GPT, GPTConfig
 
 # What to measure
 mixers = "all"  # names of mixers.MIXERS with commas between, or all; plain and residual always run
-mode = "compiled"  # compiled or eager
+compile = True  # blocks and head through torch.compile, in place, as train.py does
 rounds = 20  # turns of every model; 0: no timing of steps
 steps = 2  # steps in a turn
 warmup = 3  # steps of each model before the first round
@@ -147,8 +147,6 @@ def residual_of(case):
 
 def check_knobs():
     """ValueError for what nothing can be measured with."""
-    if mode not in ("compiled", "eager"):
-        raise ValueError(f"mode must be compiled or eager, not {mode!r}")
     for name in ("steps", "warmup", "batch_size"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
@@ -271,7 +269,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
         shape = (2, batch_size, block_size)  # idx and targets
         self.batch = torch.randint(vocab_size, shape, device=self.device)
-        if mode == "compiled":
+        if compile:  # without a trial, as in train.py: the first compilation is measured
             self.model.compile_regions(activation_memory_budget=case.activation_memory_budget)
 
     def loss(self):
@@ -303,7 +301,7 @@ def measure_afresh(case):
     """What fresh processes say of a case: compile time, memory, kernels."""
     with tempfile.TemporaryDirectory() as cache:
         first = costs.in_fresh_process(probe, case, cache)
-        if mode == "eager":
+        if not compile:
             return first
         second = costs.in_fresh_process(probe, case, cache)
     warm = {"compile_warm_s": second["compile_s"], "peak_memory_bytes": second["peak_memory_bytes"]}
@@ -316,14 +314,14 @@ def probe(case, cache):
     os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, "triton")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells when it starts
     trainer, launches, found = Trainer(case), [], {}
-    if mode == "compiled":
+    if compile:
         if trainer.device.type == "cuda":
             costs.record_launches(launches)
         found = costs.compiling(trainer.loss, trainer.wait)
     graphs = costs.compiled_graphs()
     for _ in range(2):
         trainer.step()
-    if mode == "compiled":
+    if compile:
         found["recompiles"] = costs.compiled_graphs() - graphs
     moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
     kept = (*trainer.model.parameters(), *moments, trainer.batch)
@@ -396,8 +394,8 @@ def speed(case, seconds, row):
 
 def write(about, rows):
     """`about` and the rows so far, to the file `out`."""
-    report = about | {"rows": list(rows.values())}
-    write_atomic(out, json.dumps(report, indent=1).encode() + b"\n")
+    text = json.dumps(about | {"rows": list(rows.values())}, indent=1) + "\n"
+    write_atomic(out, text.encode())
 
 
 def say(case, found):
@@ -412,6 +410,7 @@ def main():
     print("command: " + provenance["command"], flush=True)
     print("config: " + json.dumps(config), flush=True)
     check_knobs()
+    compiler.prepare(compile)
     machine = runtime.describe_machine(runtime.pick_device(device))
     print("machine: " + json.dumps(machine), flush=True)
     about = {"provenance": provenance, "machine": machine, "config": config}
@@ -444,5 +443,9 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # what the user can put right
+    except (runtime.RunError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if not (reason := compiler.why_not_compiled(error)):
+            raise
+        sys.exit(reason)

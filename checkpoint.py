@@ -286,7 +286,7 @@ def starting_point(out_dir, init_from):
     if init_from == "resume":
         check_resumable(out_dir)
     there = checkpoints(out_dir)
-    if there and init_from in ("resume", "auto"):
+    if there and init_from.partition(":")[0] in ("resume", "auto"):  # auto:gpt2, auto:PATH
         if newest := latest(out_dir):
             return newest
         raise RunError(

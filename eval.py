@@ -30,11 +30,12 @@ import numpy as np
 import torch
 
 import checkpoint as checkpoints
+import compiler
 import scoring
 from configurator import configure
 from corpus import ask_hub, read_whole
 from data import DataError, brief, probe, read_meta, read_shard, write_atomic
-from runtime import RunError, pick_device, provenance, why_not_compiled
+from runtime import RunError, pick_device, provenance
 from tokenizer import tokenizer_name
 from trained import activation_dtype, open_trained
 
@@ -122,11 +123,15 @@ def first_targets(pieces, count):
     return kept
 
 
-def measure_text(trained, autocast):
+def measure_text(trained, chosen, autocast):
     """-> the results of `data`."""
     pieces, about = read_pieces(trained)
     if compile:
-        trained.model.compile_regions()
+        shape = (2, batch_size, trained.model.config.block_size)  # that of all windows
+        sample = torch.randint(trained.n_vocab, shape, device=trained.model.embed.wte.weight.device)
+        trial = (compiler.logits_and_loss, trained.model, sample, autocast)
+        with compiler.on_trial(chosen, *trial):
+            trained.model.compile_regions()
     with autocast:
         nats, count = scoring.text_loss(trained.model, pieces, stride=stride, batch_size=batch_size)
     if not count:
@@ -274,6 +279,7 @@ def table(measured):
 def main():
     sys.stdout.reconfigure(errors="replace")  # a console may lack some of the characters
     check_knobs()
+    compiler.prepare(compile)
     device = pick_device(config["device"])
     trained = open_trained(out_dir, checkpoint, init_from, device)
     chosen = activation_dtype(dtype, trained.model, device)
@@ -283,7 +289,7 @@ def main():
 
     measured = {}
     if data:
-        measured["text"] = measure_text(trained, autocast)
+        measured["text"] = measure_text(trained, chosen, autocast)
     with torch.compiler.set_stance("force_eager"):
         if hellaswag:
             measured["hellaswag"] = measure_hellaswag(trained, autocast)
@@ -304,7 +310,7 @@ if __name__ == "__main__":
     except (RunError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except (OSError, RuntimeError) as error:
-        if not (reason := why_not_compiled(error)):
+        if not (reason := compiler.why_not_compiled(error)):
             raise
         sys.exit(reason)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@ Text from a model, a token at a time: the prompt in one pass, then a step a toke
 keys and values whose size never changes, so that the step is compiled once.
 
     decoder = Decoder(model, rows=2, length=256)
+    decoder.compile()                           # pays off for long texts
     for new in generate(decoder, [[50256, 464], [50256]], 100, top_k=200):
         ...                                     # a token of each prompt
 
@@ -56,13 +57,11 @@ class DecodeCache(NamedTuple):
 class Decoder:
     """A model that reads up to `rows` texts side by side, with room for `length` tokens of each.
 
-    dtype      of the activations: float32 or bfloat16
-    compiled   whether the step of a token goes through torch.compile
-
-    The shapes of a step are fixed here, so one decoder compiles once, whatever it reads.
+    dtype: of the activations, float32 or bfloat16. The shapes of a step are fixed here, so one
+    decoder compiles once, whatever it reads.
     """
 
-    def __init__(self, model, rows, length, *, dtype=torch.float32, compiled=True):
+    def __init__(self, model, rows, length, *, dtype=torch.float32):
         config = model.config
         self.model, self.rows, self.dtype = model, rows, dtype
         self.length = cache_length(length, config.block_size)
@@ -76,10 +75,12 @@ class Decoder:
         self.used = [0] * rows  # tokens of each row in the cache
 
         self.run_block, self.run_head = run_block, run_head
-        if compiled:
-            options = dict(fullgraph=True, dynamic=False, options=compiler_options())
-            self.run_block = torch.compile(run_block, **options)
-            self.run_head = torch.compile(run_head, **options)
+
+    def compile(self):
+        """Send the step of a token through torch.compile; it compiles when it is first called."""
+        options = dict(fullgraph=True, dynamic=False, options=compiler_options())
+        self.run_block = torch.compile(run_block, **options)
+        self.run_head = torch.compile(run_head, **options)
 
     @torch.no_grad()
     def prefill(self, rows, texts):

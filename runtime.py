@@ -8,7 +8,6 @@ The machine that a script runs on: device, dtype, peak flops and memory, process
 One process without torchrun is rank 0 of 1, and every function here works for it as well.
 """
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -24,8 +23,6 @@ import torch
 import torch.distributed as dist
 
 import watchdog
-
-TESTED_TORCH = ("2.11", "2.12", "2.13")  # versions that the tests pass on
 
 # Dense flops per second in bfloat16 (float16 where a GPU has no bfloat16), from the data sheets.
 # The first name that is found in the GPU's own name counts: a name stands before every name that it
@@ -164,93 +161,6 @@ def keep_freed_memory():
     if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-# ---- is this torch fit to compile? ---------------------------------------------------------------
-
-
-def torch_is_tested():
-    """Whether the tests pass on this version of torch."""
-    return ".".join(torch.__version__.split(".")[:2]) in TESTED_TORCH
-
-
-def differences(wanted, found, tolerance):
-    """The names of the tensors in `found` that are not those in `wanted`, the worst first.
-
-    A difference may have the norm tolerance * |wanted| + 1e-5 * (largest norm): a tensor that is
-    small beside the others is rounding.
-    """
-    norms = {name: tensor.float().norm().item() for name, tensor in wanted.items()}
-    floor = 1e-5 * max(norms.values())
-    off = {}
-    for name, norm in norms.items():
-        error = (found[name] - wanted[name]).float().norm().item()
-        off[name] = error / (tolerance * norm + floor)
-    wrong = [name for name in off if not off[name] <= 1]  # so that NaN is wrong
-    return sorted(wrong, key=off.get, reverse=True)
-
-
-@contextlib.contextmanager
-def compiler_on_trial(model, sample, autocast):
-    """Around the statement that compiles a model; on a torch that the tests do not know, both the
-    loss and the gradients of the compiled model must be those of the eager one.
-
-    sample: the model's arguments, here one sequence and its targets. autocast: the context in which
-    the model computes. Raises RunError where they differ; it names the parameter that is worst.
-
-    The tolerance of `differences` is 1e-3, and 0.2 under autocast, where eager and compiled code
-    round to 16 bits at different places.
-    """
-    if torch_is_tested():
-        yield
-        return
-    wanted = loss_and_gradients(model, sample, autocast)
-    yield
-    found = loss_and_gradients(model, sample, autocast)
-    exact = isinstance(autocast, contextlib.nullcontext)
-    tolerance = 1e-3 if exact else 0.2
-    why = "" if exact else ", wide since autocast rounds to 16 bits"
-    wrong = differences(wanted, found, tolerance)
-    if wrong:
-        raise RunError(
-            f"torch {torch.__version__} compiles this model wrongly: {wrong[0]} (and "
-            f"{len(wrong) - 1} more) is not what the eager model computes (tolerance: {tolerance} "
-            f"of its norm{why}). Use --compile=False, or a torch that the tests know: "
-            f"{', '.join(TESTED_TORCH)}"
-        )
-    print0(f"torch {torch.__version__} is untested; compiled gradients are the eager ones")
-
-
-def loss_and_gradients(model, sample, autocast):
-    """{name: tensor} of the loss and of each parameter's gradient, without dropout."""
-    model.eval()
-    with autocast:
-        loss = model(*sample)[1]
-    loss.backward()
-    found = {"loss": loss.detach()}
-    for name, parameter in model.named_parameters():
-        # Without a gradient at all the optimizer would leave it as it is, as with zeros.
-        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    model.zero_grad(set_to_none=True)
-    model.train()
-    return found
-
-
-def why_not_compiled(error):
-    """A line for the user of a machine on which torch.compile cannot work, for want of a compiler
-    or of a place to write; None where `error` is something else."""
-    if isinstance(error, OSError):
-        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # torch's own name
-        failed = cache in str(error.filename)
-    else:
-        failed = "BackendCompilerFailed" in [kind.__name__ for kind in type(error).__mro__]
-    if not failed:
-        return None
-    reason = str(error).splitlines()[0]
-    return (
-        f"torch.compile does not work here ({reason}). It needs a C++ compiler (CXX names one) and "
-        "a folder to write to (TORCHINDUCTOR_CACHE_DIR names one); or do without: --compile=False"
-    )
 
 
 # ---- where a result comes from -------------------------------------------------------------------

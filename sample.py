@@ -16,16 +16,18 @@ lines of --out, which adds "sample", "completion", "tokens" and "ended" (the doc
 """
 
 import json
+import math
 import os
 import sys
 import time
 
 import torch
 
+import compiler
 from configurator import configure
 from corpus import read_whole
 from generate import Decoder, cast_weights, generate
-from runtime import RunError, pick_device, why_not_compiled
+from runtime import RunError, pick_device
 from tokenizer import END_OF_TEXT, clean
 from trained import activation_dtype, open_trained
 
@@ -147,6 +149,14 @@ def rate(tokens, seconds):
     return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tok/s"
 
 
+def step_logits(decoder):
+    """{"logits": (B, V)} of a step after texts that fill half of the cache."""
+    texts = [[row] * math.ceil(decoder.length / 2) for row in range(decoder.rows)]
+    decoder.prefill(list(range(decoder.rows)), texts)
+    tokens = torch.zeros(decoder.rows, dtype=torch.int64, device=decoder.device)
+    return {"logits": decoder.step(tokens, [False] * decoder.rows)}
+
+
 def write_samples(decoder, trained, texts, numbers, speed, show=None):
     """Continue `texts`, lists of tokens, as the samples of these numbers.
 
@@ -232,6 +242,7 @@ def open_out():
 def main():
     sys.stdout.reconfigure(errors="replace")  # a console may lack some of the characters
     check_knobs()
+    compiler.prepare(compile)
     device = pick_device(config["device"])
     rows = read_rows()
     trained = open_trained(out_dir, checkpoint, init_from, device)
@@ -247,8 +258,10 @@ def main():
         1 if stream else min(batch_size, len(jobs)),
         max(map(len, tokens)) + max_new_tokens,
         dtype=chosen,
-        compiled=compile,
     )
+    if compile:
+        with compiler.on_trial(chosen, step_logits, decoder):
+            decoder.compile()
     speed = Speed()
     if stream:
         stream_samples(decoder, trained, rows[0], tokens[0], speed)
@@ -274,7 +287,7 @@ if __name__ == "__main__":
     except (RunError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except (OSError, RuntimeError) as error:
-        if not (reason := why_not_compiled(error)):
+        if not (reason := compiler.why_not_compiled(error)):
             raise
         sys.exit(reason)
     except KeyboardInterrupt:

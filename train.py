@@ -7,7 +7,7 @@ Train a GPT with mixed residual streams.
     python train.py --out_dir=out/tbp --init_from=resume             # with the run's own knobs
     python train.py --out_dir=out/tbp --init_from=resume --eval_only=True
     python train.py --init_from=gpt2 --learning_rate=3e-5            # from weights: warm_start.py
-    python train.py config/finetune.py --init_from=out/tbp --dataset=mytexts
+    python train.py config/finetune.py --init_from=auto:out/tbp --dataset=mytexts
     python train.py --help                                           # every knob
 
 Several machines, and SLURM: dev/many_machines.md.
@@ -36,6 +36,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import compiler
 import runtime
 import warm_start
 from configurator import configure, resolve
@@ -49,7 +50,7 @@ from trackers import check_packages, open_trackers
 
 # Run
 out_dir = "out"  # checkpoints, metrics.jsonl and config.json go here
-init_from = "scratch"  # scratch, resume, auto (resume if there is a run), or weights: gpt2, a path
+init_from = "scratch"  # scratch, resume, gpt2, a path; auto, auto:gpt2 (resume if there is a run)
 eval_only = False  # evaluate, print and end; nothing is written
 seed = 1337  # of weights, data order and dropout
 eval_interval = 2000  # steps between evaluations
@@ -109,7 +110,8 @@ peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
 hang_minutes = 10.0  # several processes: a rank that the others wait for so long ends the run
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
 config = configure(globals(), arguments, extra=OPTIONS)
-if shape := warm_start.knobs(init_from):  # the model's knobs that nobody named are the weights'
+# The model's knobs that nobody named are the weights'.
+if shape := warm_start.knobs(init_from, out_dir):
     config = resolve(Path(__file__), [*shape, *arguments], extra=OPTIONS)
     globals().update(config)
 
@@ -131,7 +133,7 @@ def check_knobs():
             raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
     if not 0 < hang_minutes < 1e6:
         raise ValueError(f"hang_minutes must be above 0 and below a million, not {hang_minutes}")
-    warm_start.check_source(init_from)
+    warm_start.check_source(init_from, out_dir)
     check_packages(config)
     if not out_dir:
         raise ValueError("out_dir is empty; give the run a folder, such as --out_dir=out/tbp")
@@ -221,13 +223,14 @@ def resume(state, path, model, optimizer, progress, meta):
         progress.evaluated = None  # the old evaluation read other tokens
 
 
-def compile_model(model, val_blocks, autocast, device):
+def compile_model(model, val_blocks, activations, autocast, device):
     """Compile the model in place. Raises RunError where a torch that the tests do not know does
     it wrongly."""
     # Else Dynamo splits graphs at DDP's buckets; communication overlaps from block to block.
     torch._dynamo.config.optimize_ddp = False
     sample = to_device(val_blocks.in_order(0, 1), device)
-    with runtime.compiler_on_trial(model, sample, autocast):
+    trial = (compiler.loss_and_gradients, model, sample, autocast)
+    with compiler.on_trial(activations, *trial):
         model.compile_regions(activation_memory_budget=activation_memory_budget)
 
 
@@ -307,6 +310,7 @@ def main():
     # The machine
     rank, local_rank, world_size = runtime.ranks()
     check_knobs()
+    compiler.prepare(compile)
     device = runtime.pick_device(config["device"], local_rank)
     activations = pick_activations(device)
     autocast = contextlib.nullcontext()
@@ -360,8 +364,8 @@ def main():
         state = on_all_ranks(group, checkpoint.load, start)
         resume(state, start, model, optimizer, progress, meta)
         del state  # a second copy of weights and moments
-    elif init_from not in warm_start.NO_WEIGHTS:
-        for line in on_all_ranks(group, warm_start.start_from, init_from, model, meta):
+    elif source := warm_start.weights_of(init_from, out_dir):
+        for line in on_all_ranks(group, warm_start.start_from, source, model, meta):
             print0(line)
     counts = model.parameter_counts()
     print0(
@@ -370,7 +374,7 @@ def main():
         f"{world_size} process{'es' * (world_size > 1)}"
     )
     if compile:
-        on_all_ranks(group, compile_model, model, val_blocks, autocast, device)
+        on_all_ranks(group, compile_model, model, val_blocks, activations, autocast, device)
     replica = model
     if group:
         gpu = [device.index] if device.type == "cuda" else None
@@ -510,6 +514,6 @@ if __name__ == "__main__":
         said = f"{type(error).__name__}: {error}"
         sys.exit(said if runtime.ranks()[1] == 0 else 1)  # once a machine
     except Exception as error:
-        if not (reason := runtime.why_not_compiled(error)):
+        if not (reason := compiler.why_not_compiled(error)):
             raise
         sys.exit(reason if runtime.ranks()[1] == 0 else 1)

@@ -3,10 +3,14 @@ The weights that a new run begins with: a checkpoint of ours, or GPT-2's kind (p
 
     python train.py config/finetune.py --init_from=out/tbp --dataset=mytexts
     python train.py --init_from=out/tbp/ckpt_0002000.pt --block_size=512 --dropout=0.1
+    python train.py config/finetune.py --init_from=auto:gpt2 --dataset=mytexts  # or goes on
 
 A run's folder means its best.pt, or where there is none its newest checkpoint. The step and the
 optimizer start anew; data, schedule, dropout and weight decay are the new run's own. The model's
 knobs that nobody names are the checkpoint's, and others than its own are refused.
+
+With auto: before the weights, the same command begins the run and, once it has a checkpoint, goes
+on with it. The model's knobs are then the run's, and the weights are not read again.
 
 block_size may differ. A shorter one drops the last positions. The positions of a longer one that
 the checkpoint has not start from the initialisation, as those of a model from scratch do.
@@ -24,33 +28,50 @@ from runtime import RunError
 from tokenizer import tokenizer_name
 
 NO_WEIGHTS = ("scratch", "resume", "auto")  # what else the knob init_from may be
+AUTO = "auto:"  # before weights: resume if there is a run
 # Fields of GPTConfig that the new model may have otherwise. What train.py calls the vocabulary is
 # the data set's, and `check_tokens` compares the tokens.
 FREE = ("block_size", "vocab_size", "dropout", "stream_dtype")
 
 
-def check_source(init_from):
+def weights_of(init_from, out_dir):
+    """The weights that a run begins with, or "" where it begins without any, or goes on."""
+    if init_from in NO_WEIGHTS or goes_on(init_from, out_dir):
+        return ""
+    return init_from.removeprefix(AUTO)
+
+
+def goes_on(init_from, out_dir):
+    """Whether auto: stands before the weights, and the run in out_dir has begun already."""
+    return init_from.startswith(AUTO) and bool(checkpoint.checkpoints(out_dir))
+
+
+def check_source(init_from, out_dir):
     """Raises ValueError where the knob init_from can be nothing."""
-    path = Path(init_from).expanduser()
-    if init_from not in NO_WEIGHTS and not pretrained.is_gpt2(init_from) and not path.exists():
+    if init_from.startswith(AUTO) and init_from.removeprefix(AUTO) in ("", *NO_WEIGHTS):
+        raise ValueError(f"init_from = {init_from!r}: after {AUTO} weights are named, or say auto")
+    source = weights_of(init_from, out_dir)
+    if source and not pretrained.is_gpt2(source) and not Path(source).expanduser().exists():
         raise ValueError(
             f"init_from must be scratch, resume, auto, {', '.join(pretrained.HUB)}, or the path of "
-            f"a checkpoint, of a run or of GPT-2's weights, and there is no file {init_from!r}"
+            f"a checkpoint, of a run or of GPT-2's weights, and there is no file {source!r}"
         )
 
 
-def knobs(init_from):
+def knobs(init_from, out_dir):
     """["--n_layer=12", ...]: the knobs of train.py that a model for these weights needs.
 
     They stand before the user's own. Nothing where there are no weights, and none for weights that
-    cannot be read: `start_from` says what is wrong with them.
+    cannot be read: `start_from` says what is wrong with them. Where auto: goes on with the run in
+    out_dir, they are that run's.
     """
-    if init_from in NO_WEIGHTS:
+    source = out_dir if goes_on(init_from, out_dir) else weights_of(init_from, out_dir)
+    if not source:
         return []
-    if pretrained.is_gpt2(init_from):
-        return pretrained.knobs(init_from)
+    if pretrained.is_gpt2(source):
+        return pretrained.knobs(source)
     try:
-        path = find(init_from)
+        path = find(source)
         model = asdict(checkpoint.model_config(path, checkpoint.load(path), GPTConfig))
     except (RunError, ValueError):
         return []
@@ -59,15 +80,15 @@ def knobs(init_from):
     return [f"--{name}={value!r}" for name, value in values.items()]
 
 
-def start_from(init_from, model, meta):
+def start_from(source, model, meta):
     """Put the weights into `model`, which is to train on the data set of `meta`.
 
     -> lines for the user. Raises ValueError or RunError for weights of another model, or with
     other tokens than the data set's.
     """
-    if pretrained.is_gpt2(init_from):
-        return pretrained.start_from(init_from, model, meta)
-    path = find(init_from)
+    if pretrained.is_gpt2(source):
+        return pretrained.start_from(source, model, meta)
+    path = find(source)
     state = checkpoint.load(path)
     check_tokens(path, state, meta)
     check_model(path, checkpoint.model_config(path, state, GPTConfig), model.config)

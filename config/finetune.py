@@ -1,7 +1,7 @@
 # A new run from the weights of another, on other texts with the same tokenizer:
-# python train.py config/finetune.py --init_from=out/tbp --dataset=mytexts
-# The model is the checkpoint's; another --block_size stands before this file. Stopped, it goes on:
-# python train.py --init_from=resume --out_dir=out/finetune
+# python train.py config/finetune.py --init_from=auto:out/tbp --dataset=mytexts
+# The model is the checkpoint's; another --block_size stands before this file.
+# The same command goes on with the run. Without auto: it refuses a folder that has one.
 batch_size = 4
 total_batch_tokens = 4 * block_size * 8 * 1  # sequences * block_size * micro-steps * GPUs
 max_iters = lr_decay_iters = 1000  # 1000 steps * 32 sequences * 1024 tokens = 32,768,000

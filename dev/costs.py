@@ -19,8 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
-import torch._dynamo
-import torch._inductor.graph
 
 
 def peak_memory(step, kept, device):
@@ -60,8 +58,10 @@ def compiling(loss, wait):
 
     loss: () -> the loss. wait: returns when the device has done all that was queued.
     """
+    from torch._inductor.graph import GraphLowering  # not for a model that runs eagerly
+
     programs = []
-    torch._inductor.graph.GraphLowering.save_output_code = programs.append
+    GraphLowering.save_output_code = programs.append
     wait()
     began, began_cpu = time.perf_counter(), sum(os.times()[:4])
     value = loss()

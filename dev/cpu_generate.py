@@ -99,7 +99,9 @@ def main():
     for name, model in models.items():
         if activations != torch.float32:
             cast_weights(model, activations)
-        decoders[name] = Decoder(model, rows, length, dtype=activations, compiled=compile)
+        decoders[name] = Decoder(model, rows, length, dtype=activations)
+        if compile:
+            decoders[name].compile()
         logits[name] = decoders[name].prefill(list(range(rows)), [[0] * prompt_tokens] * rows)
         began = time.perf_counter()
         logits[name] = decoder_step(decoders[name], logits[name], numbers)

@@ -83,9 +83,12 @@ def main():
     for sequences in map(int, batches.split(",")):
         length = prompt_tokens + new_tokens
         decoders = {
-            mixer: Decoder(model, sequences, length, dtype=activations, compiled=compile)
+            mixer: Decoder(model, sequences, length, dtype=activations)
             for mixer, model in models.items()
         }
+        if compile:
+            for decoder in decoders.values():
+                decoder.compile()
         seconds = {mixer: [] for mixer in models}
         for _ in range(rounds + 1):
             for mixer, decoder in decoders.items():

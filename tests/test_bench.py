@@ -83,7 +83,7 @@ def test_compiled(bench):
 
 def test_rows_for_each_number_of_streams_on_a_config_file_of_training(bench):
     """What is not defined for so many streams is left out aloud."""
-    arguments = ["--mode=eager", "--mixers=tbp,permutation", "--sweep_streams=2,8"]
+    arguments = ["--compile=False", "--mixers=tbp,permutation", "--sweep_streams=2,8"]
     output, _, rows = bench("config/tbp.py", "config/laptop.py", *arguments)
     assert list(rows) == [
         *(("residual", 1), ("plain", 1), ("tbp", 2), ("permutation", 2), ("tbp", 8))
@@ -105,7 +105,9 @@ def test_a_new_mixer_needs_no_edit(bench, tmp_path):
     twin = tmp_path / "twin.py"
     twin.write_text("import mixers as _mixers\n_mixers.MIXERS['twin'] = _mixers.MIXERS['tbp']\n")
     knobs = ["--stream_start=learned", "--readout=learned", "--mix_scale=stream", "--gates=free"]
-    _, _, rows = bench(twin, "--mode=eager", "--fresh=False", "--n_mlp=24", "--n_streams=3", *knobs)
+    _, _, rows = bench(
+        twin, "--compile=False", "--fresh=False", "--n_mlp=24", "--n_streams=3", *knobs
+    )
     assert {mixer for mixer, _ in rows} == {"plain", "twin", *MIXERS}
     assert rows["twin", 3]["params"] == rows["tbp", 3]["params"]
     assert "peak_memory_bytes" not in rows["twin", 3]
@@ -113,7 +115,7 @@ def test_a_new_mixer_needs_no_edit(bench, tmp_path):
 
 def test_rows_for_budgets_and_both_kinds_of_algorithms(bench):
     arguments = ["--budgets=1.0,0.5", "--both_deterministic=True"]
-    _, report, _ = bench("--mixers=residual,hc", "--mode=eager", "--fresh=False", *arguments)
+    _, report, _ = bench("--mixers=residual,hc", "--compile=False", "--fresh=False", *arguments)
     rows = {
         (row["mixer"], row["activation_memory_budget"], row["deterministic"]): row
         for row in report["rows"]
@@ -131,7 +133,6 @@ def test_rows_for_budgets_and_both_kinds_of_algorithms(bench):
         ("--mixers=permutation --n_streams=8", "none of 'permutation' is defined for 8 streams"),
         ("--mixers=tbp --sinkhorn_rounds=5", "no mixer of 'tbp' takes sinkhorn_rounds"),
         ("--sinkhorn_rounds=0", "sinkhorn_rounds must be at least 1, not 0"),
-        ("--mode=fast", "mode must be compiled or eager, not 'fast'"),
         ("--budgets=1,half", "such as 1.0,0.5,0.0, not '1,half'"),
         ("--sweep_streams=2,2.5", "sweep_streams must be numbers with commas between"),
         ("--activation_memory_budget=2", "lies between 0 and 1; these are [2.0]"),
@@ -159,7 +160,7 @@ def test_refuses(argument, said, monkeypatch, capsys):
 
 
 def test_a_step_clips_and_skips_as_training_does(script):
-    module = script("--mode=eager", *SMALL)
+    module = script("--compile=False", *SMALL)
     trainer = module.Trainer(module.Case("tbp", 4, 1.0, True))
     norms = []
 

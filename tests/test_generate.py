@@ -72,7 +72,7 @@ def test_a_step_gives_the_logits_of_the_whole_text(mixer):
         model = build(mixer, dynamic=dynamic, readout=readout)
         with torch.no_grad():
             expected = model(texts)[0]  # (2, 16, V)
-        decoder = Decoder(model, 2, 16, compiled=False)
+        decoder = Decoder(model, 2, 16)
         found = [decoder.prefill([0, 1], [text[:3].tolist() for text in texts])]
         found += [decoder.step(texts[:, t], [True, True]) for t in range(3, 16)]
         torch.testing.assert_close(torch.stack(found, 1), expected[:, 2:], rtol=1e-4, atol=1e-4)
@@ -87,7 +87,7 @@ def test_tokens_are_those_without_a_cache_beyond_the_block(mixer, knobs):
     """Prompts of three lengths in one batch fill their blocks at different times, twice each."""
     model = build(mixer)
     knobs = dict(temperature=0) | knobs
-    found = with_cache(Decoder(model, 3, 40, compiled=False), PROMPTS, 30, seeds=[3, 4, 5], **knobs)
+    found = with_cache(Decoder(model, 3, 40), PROMPTS, 30, seeds=[3, 4, 5], **knobs)
     for prompt, seed, tokens in zip(PROMPTS, [3, 4, 5], found):
         assert tokens == without_cache(model, prompt, 30, seed=seed, **knobs)
 
@@ -95,7 +95,7 @@ def test_tokens_are_those_without_a_cache_beyond_the_block(mixer, knobs):
 def test_a_prompt_longer_than_the_block_is_cut():
     model = build()
     prompt = list(range(30))
-    found = with_cache(Decoder(model, 1, 99, compiled=False), [prompt], 12, temperature=0)
+    found = with_cache(Decoder(model, 1, 99), [prompt], 12, temperature=0)
     assert found == [without_cache(model, prompt, 12)]
 
 
@@ -110,7 +110,7 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_of_the_model(form):
     model = build(**form)
-    found = with_cache(Decoder(model, 1, 40, compiled=False), [[7, 8]], 20, temperature=0)
+    found = with_cache(Decoder(model, 1, 40), [[7, 8]], 20, temperature=0)
     assert found == [without_cache(model, [7, 8], 20)]
 
 
@@ -121,6 +121,7 @@ def test_the_step_is_compiled_once(mixer):
     readout = "learned" if mixer == "tbp" else "mean"
     model = build(mixer, block_size=32, readout=readout)
     decoder = Decoder(model, 3, 99)
+    decoder.compile()
     expected = [without_cache(model, prompt, 40, temperature=1.0) for prompt in PROMPTS]
     steps = generate(decoder, PROMPTS, 40, n_vocab=N_VOCAB, seeds=[0, 0, 0])
     found = [next(steps), next(steps)]
@@ -136,7 +137,7 @@ def test_a_text_that_ended_stays_so_and_the_others_go_on():
     model = build()
     alone = [without_cache(model, prompt, 20) for prompt in PROMPTS]
     stop = alone[1][3]
-    found = with_cache(Decoder(model, 3, 40, compiled=False), PROMPTS, 20, temperature=0, stop=stop)
+    found = with_cache(Decoder(model, 3, 40), PROMPTS, 20, temperature=0, stop=stop)
     for tokens, expected in zip(found, alone):
         if stop in expected:
             expected = expected[: expected.index(stop) + 1]
@@ -148,7 +149,7 @@ def test_bfloat16_has_the_logits_of_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(texts)[0].float()
     cast_weights(model, torch.bfloat16)
-    decoder = Decoder(model, 1, 16, dtype=torch.bfloat16, compiled=False)
+    decoder = Decoder(model, 1, 16, dtype=torch.bfloat16)
     found = [decoder.prefill([0], [texts[0, :3].tolist()])]
     found += [decoder.step(texts[:, t], [True]) for t in range(3, 12)]
     error = (torch.stack(found, 1).float() - expected[:, 2:]).norm() / expected[:, 2:].norm()
@@ -206,7 +207,7 @@ def test_few_lengths():
     ],
 )
 def test_generate_refuses(prompts, count, says):
-    decoder = Decoder(build(block_size=256), 2, 100, compiled=False)
+    decoder = Decoder(build(block_size=256), 2, 100)
     with pytest.raises(ValueError, match=says):
         next(generate(decoder, prompts, count))
 
@@ -216,4 +217,4 @@ def test_a_diverged_model_is_refused():
     with torch.no_grad():
         model.head.ln_f.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="logits are not finite"):
-        next(generate(Decoder(model, 1, 16, compiled=False), [[1]], 3))
+        next(generate(Decoder(model, 1, 16), [[1]], 3))

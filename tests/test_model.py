@@ -133,7 +133,7 @@ def assert_cache_changes_nothing(model, tokens):
     """The likeliest continuation of 4 tokens by 12, with the cache and without."""
     model.eval()
     idx = tokens[:, :4]
-    steps = generate(Decoder(model, 3, 16, compiled=False), idx.tolist(), 12, temperature=0)
+    steps = generate(Decoder(model, 3, 16), idx.tolist(), 12, temperature=0)
     out = torch.cat([idx, torch.tensor(list(steps)).t()], 1)
     for _ in range(12):
         idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], 1)

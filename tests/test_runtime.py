@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run, run_with
+from conftest import ROOT, run
 
 import runtime
 
@@ -132,71 +132,6 @@ def test_provenance_names_the_commit_that_holds_the_file(tmp_path):
     assert provenance_of(repository)["clean"] is False
 
 
-@pytest.mark.quick
-def test_differences_are_told_from_rounding():
-    wanted = {"loss": torch.tensor(5.0), "a": torch.ones(4), "rounding": torch.full((4,), 1e-9)}
-    assert not runtime.differences(wanted, wanted, tolerance=1e-3)
-    near = {"loss": torch.tensor(5.001), "a": torch.ones(4) + 1e-4, "rounding": torch.zeros(4)}
-    assert not runtime.differences(wanted, near, tolerance=1e-3)
-    far = {"loss": torch.tensor(5.1), "a": torch.zeros(4), "rounding": torch.zeros(4)}
-    assert runtime.differences(wanted, far, tolerance=1e-3) == ["a", "loss"]
-    nan = {**near, "loss": torch.tensor(float("nan"))}
-    assert runtime.differences(wanted, nan, tolerance=1e-3) == ["loss"]
-
-
-# The compiled model gets no gradient in its first block, as torch 2.11 once made of it.
-BREAK = """
-import model, runtime
-runtime.TESTED_TORCH = ("1.0",)
-def compile_wrongly(self, **_):
-    forward = self.blocks[0].mlp.forward
-    self.blocks[0].mlp.forward = lambda x: forward(x).detach()
-model.GPT.compile_regions = compile_wrongly
-"""
-
-
-def test_an_untested_torch_must_compile_the_gradients_that_eager_mode_has(tiny, tmp_path):
-    tiny += ["--compile=True", "--n_layer=1", "--mixer=hc", "--n_streams=2"]
-    output = run_with(BREAK, *tiny, ok=False)
-    assert "compiles this model wrongly: blocks.0.mlp.c_" in output, output
-    assert "--compile=False" in output and runtime.TESTED_TORCH[-1] in output
-    assert not list((tmp_path / "out").glob("*.pt"))
-
-
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
-def test_an_untested_torch_that_compiles_well_trains(dtype, tiny):
-    untested = "import runtime\nruntime.TESTED_TORCH = ()"
-    tiny += ["--compile=True", "--n_layer=1", "--mixer=hc", "--n_streams=2", "--max_iters=0"]
-    output = run_with(untested, *tiny, f"--dtype={dtype}")
-    assert "is untested; compiled gradients are the eager ones" in output
-
-
-@pytest.mark.quick
-def test_the_tested_versions_hold_the_one_here():
-    assert runtime.torch_is_tested(), f"{torch.__version__} is not in runtime.TESTED_TORCH"
-
-
-# What Windows lacks.
-NO_MODULES = """
-import importlib.abc
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name in ("fcntl", "resource"):
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-sys.meta_path.insert(0, Missing())
-for name in ("fcntl", "resource"):
-    sys.modules.pop(name, None)
-"""
-
-
-def test_trains_and_samples_without_fcntl_and_resource(tiny, tmp_path):
-    output = run_with(NO_MODULES, *tiny)
-    assert "cannot be locked here (No module named 'fcntl'); see to it yourself" in output
-    assert "finished: 6 steps" in output
-    sample = ["sample.py", f"--out_dir={tmp_path}/out", "--max_new_tokens=3", "--compile=False"]
-    assert "--- sample 3 ---" in run_with(NO_MODULES, *sample)
-
-
 def test_print0_and_on_rank_0_without_torchrun(capsys):
     runtime.print0("one", 2)
     assert capsys.readouterr().out == "one 2\n"
@@ -230,10 +165,3 @@ def test_a_machine_is_described():
     found = runtime.describe_machine(torch.device("cpu"))
     assert found["processor"] and found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads() and "gpu" not in found
-
-
-def test_a_machine_without_a_compiler_is_told_what_to_do(tiny, tmp_path):
-    lacks = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    tiny += ["--compile=True", "--mixer=residual", "--n_streams=1"]
-    output = run_with("", *tiny, ok=False, **lacks)  # a process that has compiled nothing yet
-    assert "torch.compile does not work here" in output and "--compile=False" in output

@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 import charts
 import mixers
 import passes
+from compiler import TESTED_TORCH
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from passes import mean_square
-from runtime import TESTED_TORCH
 from streams import Streams
 
 SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import load, records, run, write_checkpoint
+from conftest import assert_same_run, load, records, run, run_with, write_checkpoint
 
 import warm_start
 from model import GPT, GPTConfig
@@ -80,12 +80,12 @@ def test_the_knobs_are_those_of_the_checkpoint_but_for_dropout(tmp_path):
     options = {"sinkhorn_rounds": 7}
     model = model_with(1, mixer="sinkhorn", n_mlp=40, dropout=0.2, options=options)
     write_checkpoint(tmp_path / "source", model)
-    found = dict(word[2:].split("=") for word in warm_start.knobs(str(tmp_path / "source")))
+    found = dict(word[2:].split("=") for word in warm_start.knobs(str(tmp_path / "source"), "out"))
     wanted = dict(mixer="'sinkhorn'", n_streams="3", n_layer="2", n_mlp="40", bias="False")
     assert wanted.items() <= found.items() and found["sinkhorn_rounds"] == "7"
     assert not {"dropout", "vocab_size", "options"} & found.keys()
     for nothing in ("scratch", "resume", "auto", str(tmp_path / "none"), str(tmp_path)):
-        assert warm_start.knobs(nothing) == []
+        assert warm_start.knobs(nothing, "out") == []
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -121,8 +121,12 @@ def test_other_tokens_are_refused(source):
 
 @pytest.mark.quick
 def test_what_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no file 'out/nothing'"):
-        warm_start.check_source("out/nothing")
+    for named in ("out/nothing", "auto:out/nothing"):
+        with pytest.raises(ValueError, match="there is no file 'out/nothing'"):
+            warm_start.check_source(named, str(tmp_path))
+    for named in ("auto:", "auto:scratch", "auto:resume"):
+        with pytest.raises(ValueError, match="after auto: weights are named, or say auto"):
+            warm_start.check_source(named, str(tmp_path))
     with pytest.raises(RunError, match="neither best.pt nor a ckpt_"):
         warm_start.start_from(str(tmp_path), model_with(2), BYTES)
 
@@ -156,6 +160,30 @@ def test_a_new_run_begins_with_the_loss_at_which_the_other_ended(tiny, tmp_path)
     resumed = load(tmp_path / "new/ckpt_0000006.pt")["model"]
     assert all(torch.equal(wanted[name], resumed[name]) for name in wanted)
     assert "holds a run already" in run(*new, ok=False)
+
+
+def test_auto_begins_from_weights_and_goes_on_with_the_same_command(tiny, tmp_path):
+    """As on a cluster that kills a job and starts it again: before its first checkpoint, and after;
+    by then the weights may be gone."""
+    run(*tiny, "--mixer=rtbp", "--n_streams=3", "--max_iters=2")
+    no_shape = [word for word in tiny if not word.startswith(("--n_", "--block_size", "--out_dir"))]
+    new = [*no_shape, f"--out_dir={tmp_path}/new", f"--init_from=auto:{tmp_path}/out"]
+    wanted = run(*no_shape, f"--out_dir={tmp_path}/whole", f"--init_from={tmp_path}/out")
+    assert "after its step 2" in wanted
+
+    killed = "import checkpoint, os\ncheckpoint.save = lambda *_, **__: os._exit(1)"
+    run_with(killed, *new, ok=False)
+    assert not list((tmp_path / "new").glob("*.pt"))
+    killed = "import checkpoint, os\nsave = checkpoint.save\n"
+    killed += (
+        "def save_once(*a, **k):\n    save(*a, **k)\n    os._exit(1)\ncheckpoint.save = save_once"
+    )
+    assert "after its step 2" in run_with(killed, *new, ok=False)
+    shutil.rmtree(tmp_path / "out")
+    output = run(*new)
+    assert "resumed from" in output and "at step 2" in output and "weights:" not in output
+    assert_same_run(tmp_path / "whole/ckpt_0000006.pt", tmp_path / "new/ckpt_0000006.pt")
+    assert records(tmp_path / "whole") == records(tmp_path / "new")
 
 
 def test_the_remedy_for_another_mixer_is_one(tiny, tmp_path):

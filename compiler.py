@@ -1,0 +1,150 @@
+"""
+torch.compile on the machine at hand: whether it works, and whether what it makes is right.
+
+    compiler.prepare(compile)                    # a script's knob; refuses at once
+    with compiler.on_trial(dtype, loss_and_gradients, model, sample, autocast):
+        model.compile_regions()
+
+A script that ends with an error asks `why_not_compiled` whether it is the machine's.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import filelock  # which torch brings
+import torch
+
+from runtime import RunError, ranks
+
+TESTED_TORCH = ("2.11", "2.12", "2.13")  # versions that the tests pass on
+
+
+# ---- does it work? -------------------------------------------------------------------------------
+
+
+def prepare(compile):
+    """For a script that is about to compile, or to do without. Raises RunError for a machine that
+    cannot compile, as far as that shows at once.
+
+    The compiler locks the files of its cache. Without locks of the system, filelock takes a file
+    that is there for a lock that is held, and a process that had locks leaves such files behind.
+    """
+    if not compile:
+        # torch makes the folder of the cache all the same, and stops where it cannot. This one is
+        # there, and nothing is written to it.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).parent)
+        return
+    if filelock.FileLock is filelock.SoftFileLock:
+        raise RunError(
+            "torch.compile does not work here: this Python cannot lock files (it has no fcntl), "
+            "so the compiler could wait for ever. Do without: --compile=False"
+        )
+    try:
+        importlib.import_module("torch._dynamo")  # makes the folder of the cache
+    except OSError as error:
+        raise RunError(why_not_compiled(error)) from error
+
+
+def why_not_compiled(error):
+    """A line for the user of a machine on which torch.compile cannot work, for want of a compiler
+    or of a place to write; None where `error` is something else."""
+    if isinstance(error, OSError):
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # torch's own name
+        failed = cache in str(error.filename)
+    else:
+        failed = "BackendCompilerFailed" in [kind.__name__ for kind in type(error).__mro__]
+    if not failed:
+        return None
+    reason = str(error).splitlines()[0]
+    return (
+        f"torch.compile does not work here ({reason}). It needs a C++ compiler (CXX names one) and "
+        "a folder where it can write and lock files (TORCHINDUCTOR_CACHE_DIR names one); or do "
+        "without: --compile=False"
+    )
+
+
+# ---- is it right? --------------------------------------------------------------------------------
+
+
+def torch_is_tested():
+    """Whether the tests pass on this version of torch."""
+    return ".".join(torch.__version__.split(".")[:2]) in TESTED_TORCH
+
+
+def differences(wanted, found, tolerance):
+    """The names of the tensors in `found` that are not those in `wanted`, the worst first.
+
+    A difference may have the norm tolerance * |wanted| + 1e-5 * (largest norm): a tensor that is
+    small beside the others is rounding.
+    """
+    norms = {name: tensor.float().norm().item() for name, tensor in wanted.items()}
+    floor = 1e-5 * max(norms.values())
+    off = {}
+    for name, norm in norms.items():
+        error = (found[name] - wanted[name]).float().norm().item()
+        off[name] = error / (tolerance * norm + floor)
+    wrong = [name for name in off if not off[name] <= 1]  # so that NaN is wrong
+    return sorted(wrong, key=off.get, reverse=True)
+
+
+@contextlib.contextmanager
+def on_trial(dtype, compute, *arguments):
+    """Around the statement that compiles a model; on a torch that the tests do not know, the
+    compiled model must compute what the eager one does.
+
+    compute(*arguments) -> {name: tensor} is called before and after. dtype: of the activations.
+    Raises RunError where the results differ; it names the worst.
+
+    The tolerance of `differences` is 1e-3, and 0.2 in 16 bits, where eager and compiled code round
+    at different places.
+    """
+    if torch_is_tested():
+        yield
+        return
+    wanted = compute(*arguments)
+    yield
+    found = compute(*arguments)
+    tolerance, why = 1e-3, ""
+    if dtype != torch.float32:
+        tolerance, why = 0.2, ", wide since activations are rounded to 16 bits"
+    wrong = differences(wanted, found, tolerance)
+    if wrong:
+        raise RunError(
+            f"torch {torch.__version__} compiles this model wrongly: {wrong[0]} (and "
+            f"{len(wrong) - 1} more) is not what the eager model computes (tolerance: {tolerance} "
+            f"of its norm{why}). Use --compile=False, or a torch that the tests know: "
+            f"{', '.join(TESTED_TORCH)}"
+        )
+    if ranks()[0] == 0:  # on stderr, for stdout may be a file of samples or a table
+        said = f"torch {torch.__version__} is untested; compiled, it computes what eager code does"
+        print(said, file=sys.stderr, flush=True)
+
+
+def loss_and_gradients(model, sample, autocast):
+    """{name: tensor} of the loss and of each parameter's gradient, without dropout.
+
+    sample: the model's arguments, here some sequences and their targets. autocast: the context in
+    which the model computes.
+    """
+    model.eval()
+    with autocast:
+        loss = model(*sample)[1]
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        # Without a gradient at all the optimizer would leave it as it is, as with zeros.
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    model.zero_grad(set_to_none=True)
+    model.train()
+    return found
+
+
+@torch.no_grad()
+def logits_and_loss(model, sample, autocast):
+    """The same for a model that is not trained: {"logits": (B, T, V), "loss": ()}."""
+    with autocast:
+        logits, loss = model(*sample)
+    return {"logits": logits, "loss": loss}
