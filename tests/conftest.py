@@ -1,21 +1,18 @@
 """Runs scripts as a user does, on a data set small enough for a test."""
 
-import atexit
-import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import ROOT, Script
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 TINY = (
@@ -25,57 +22,27 @@ TINY = (
 ).split()
 
 
-# Runs each command of stdin in a fork of a process that has loaded what takes seconds to load.
-FORKS = """
-import json, os, runpy, signal, sys
+# A program whose arguments are a script and the script's arguments.
+PATCHED = """
+import os, runpy, sys
 sys.path.insert(0, os.getcwd())
-import checkpoint, configurator, data, model, tiktoken, torch._dynamo
-import torch.distributed.elastic.multiprocessing.errors
-for line in sys.stdin:
-    command, output, timeout, env = json.loads(line)
-    if not (child := os.fork()):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(1, 2)
-        os.environ.update(env)
-        signal.alarm(timeout)
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+{}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@functools.cache
-def forks():
-    server = subprocess.Popen(
-        [sys.executable, "-c", FORKS],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    atexit.register(lambda: (server.stdin.close(), server.wait()))
-    return server
-
-
-def run(*command, ok=True, timeout=300, **env):
+def run(*command, ok=True, fresh=False, patch="", timeout=300, **env):
     """The output of a script of this project, run as if from the command line.
 
-    ok=False: it must fail, and without a traceback.
+    ok=False: it must fail, and without a traceback. patch: statements that are executed first, and
+    change torch or a module before the script uses it. fresh=True: in a Python of its own, for what
+    is read from the environment when Python or torch starts. Else in a fork, see forks.py.
     """
-    if command[0] in ("train.py", "sample.py", "eval.py", "analyze.py", "bench.py"):
-        server = forks()
-        with tempfile.NamedTemporaryFile("r") as file:
-            print(
-                json.dumps([[*map(str, command)], file.name, timeout, env]),
-                file=server.stdin,
-                flush=True,
-            )
-            status, output = int(server.stdout.readline()), file.read()
-    else:
+    if fresh:
+        program = ["-c", PATCHED.format(patch)] if patch else []
         done = subprocess.run(
-            [sys.executable, *map(str, command)],
+            [sys.executable, *program, *map(str, command)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -83,49 +50,48 @@ def run(*command, ok=True, timeout=300, **env):
             env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         )
         status, output = done.returncode, done.stdout + done.stderr
+    else:
+        script = Script(command, patch, env, timeout)
+        output, status = script.finish(), script.returncode
     assert (status == 0) == ok and status >= 0, output
     assert ok or "Traceback" not in output, output
     return output
 
 
-def run_with(patch, *command, **kwargs):
-    """run(), after the statements `patch`, which change torch before the script uses it."""
-    head = (
-        "import itertools, os, runpy, signal, sys, torch\n"
-        "sys.path.insert(0, os.getcwd())\n"
-        "calls = itertools.count(1)\n"
-    )
-    tail = "\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    return run("-c", head + patch + tail, *command, **kwargs)
+def torchrun(processes, *command):
+    """The command of a run under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *command]
 
 
-def torchrun(processes, *command, **kwargs):
-    return run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        *command,
-        **kwargs,
-    )
+def rank_environment(rank, processes, port):
+    """What torchrun tells a rank of a job on this machine."""
+    job = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def start(command, processes=1, **env):
-    """The run in the background, alone or under torchrun; its output in a pipe."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, command)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        start_new_session=True,
-    )
+def start_ranks(processes, *command):
+    """The ranks of one job in the background, without torchrun."""
+    port = free_port()
+    environments = [rank_environment(rank, processes, port) for rank in range(processes)]
+    return [Script(command, env=env) for env in environments]
+
+
+def run_ranks(processes, *command, ok=True):
+    """The outputs of the ranks of one job, or of a process without ranks where there is one."""
+    if processes == 1:
+        return [run(*command, ok=ok)]
+    ranks = start_ranks(processes, *command)
+    outputs = [rank.finish() for rank in ranks]
+    assert all((rank.returncode == 0) == ok and rank.returncode >= 0 for rank in ranks), outputs
+    assert ok or "Traceback" not in "".join(outputs), outputs
+    return outputs
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_for(process, text):

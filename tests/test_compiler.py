@@ -5,7 +5,7 @@ import runpy
 import filelock
 import pytest
 import torch
-from conftest import ROOT, TINY, run_with, write_checkpoint
+from conftest import ROOT, TINY, run, write_checkpoint
 
 import compiler
 from model import GPT, GPTConfig
@@ -36,7 +36,7 @@ model.GPT.compile_regions = compile_wrongly
 
 def test_an_untested_torch_must_compile_the_gradients_that_eager_mode_has(tiny, tmp_path):
     tiny += ["--compile=True", "--n_layer=1", "--mixer=hc", "--n_streams=2"]
-    output = run_with(BREAK, *tiny, ok=False)
+    output = run(*tiny, ok=False, patch=BREAK)
     assert "compiles this model wrongly: blocks.0.mlp.c_" in output, output
     assert "--compile=False" in output and compiler.TESTED_TORCH[-1] in output
     assert not list((tmp_path / "out").glob("*.pt"))
@@ -46,7 +46,7 @@ def test_an_untested_torch_must_compile_the_gradients_that_eager_mode_has(tiny, 
 def test_an_untested_torch_that_compiles_well_trains(dtype, tiny):
     untested = "import compiler\ncompiler.TESTED_TORCH = ()"
     tiny += ["--compile=True", "--n_layer=1", "--mixer=hc", "--n_streams=2", "--max_iters=0"]
-    output = run_with(untested, *tiny, f"--dtype={dtype}")
+    output = run(*tiny, f"--dtype={dtype}", patch=untested)
     assert "is untested; compiled, it computes what eager code does" in output
 
 
@@ -95,7 +95,7 @@ def commands(tmp_path_factory, tiny_data):
 
 @pytest.mark.parametrize("script", ["sample", "eval"])
 def test_an_untested_torch_must_compile_the_outputs_that_eager_mode_has(script, commands):
-    output = run_with(BREAK_OUTPUTS, *commands[script], ok=False)
+    output = run(*commands[script], ok=False, patch=BREAK_OUTPUTS)
     assert "compiles this model wrongly: logits (and" in output and "--compile=False" in output
 
 
@@ -103,7 +103,7 @@ def test_an_untested_torch_must_compile_the_outputs_that_eager_mode_has(script, 
 @pytest.mark.parametrize("script", ["sample", "eval"])
 def test_an_untested_torch_that_compiles_well_is_used(script, commands):
     untested = "import compiler\ncompiler.TESTED_TORCH = ()"
-    assert "it computes what eager code does" in run_with(untested, *commands[script])
+    assert "it computes what eager code does" in run(*commands[script], patch=untested)
 
 
 # ---- machines that cannot compile ----------------------------------------------------------------
@@ -123,13 +123,13 @@ for name in list(sys.modules):
 
 
 def machine_that_lacks(what, folder):
-    """-> statements to run first, and the environment, of a machine without compiler, without file
-    locks, or whose compiler cache cannot be written."""
+    """-> what `run` takes to be on a machine without a compiler, without file locks, or whose
+    compiler cache cannot be written."""
     (folder / "file").touch()
     return {
-        "compiler": ("", {"CXX": "/no/such", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}),
-        "locks": (NO_MODULES, {}),
-        "cache": ("", {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/file"}),
+        "compiler": {"CXX": "/no/such", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"},
+        "locks": {"patch": NO_MODULES},
+        "cache": {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/file"},
     }[what]
 
 
@@ -156,8 +156,8 @@ def test_without_file_locks_a_script_refuses_at_once(script, commands, tmp_path,
 @pytest.mark.parametrize("what", ["compiler", "cache"])
 @pytest.mark.parametrize("script", ["train", *LONG])
 def test_a_machine_that_cannot_compile_is_told_what_to_do(script, what, commands, tmp_path):
-    patch, env = machine_that_lacks(what, tmp_path)
-    output = run_with(patch, *command_in(tmp_path, commands[script]), ok=False, **env)
+    lacks = machine_that_lacks(what, tmp_path)
+    output = run(*command_in(tmp_path, commands[script]), ok=False, fresh=True, **lacks)
     said = output.splitlines()[-1]
     assert "torch.compile does not work here" in said and "TORCHINDUCTOR_CACHE_DIR" in said, output
     assert "--compile=False" in said
@@ -167,8 +167,8 @@ def test_a_machine_that_cannot_compile_is_told_what_to_do(script, what, commands
 @pytest.mark.parametrize("script", ["train", *LONG])
 def test_and_does_without(script, what, commands, tmp_path):
     """What the refusal proposes helps."""
-    patch, env = machine_that_lacks(what, tmp_path)
+    lacks = machine_that_lacks(what, tmp_path)
     command = [*command_in(tmp_path, commands[script]), "--compile=False"]
-    output = run_with(patch, *command, **env)
+    output = run(*command, fresh=True, **lacks)
     if script == "train" and what == "locks":
         assert "cannot be locked here (No module named 'fcntl'); see to it yourself" in output

@@ -2,11 +2,10 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
-from conftest import TINY, records, run, run_with, write_checkpoint
+from conftest import TINY, records, run, write_checkpoint
 from fake_hub import COMMIT, fake_hub
 from test_pretrained import gpt2_weights, write
 
@@ -233,7 +232,7 @@ def test_both_tasks_from_the_hub(tmp_path):
     command = ["eval.py", f"--out_dir={tmp_path}/run", *COMMON, "--hellaswag=hub", "--lambada=hub"]
     command.append(f"--results={tmp_path}/results.json")
     with fake_hub(repositories, tmp_path / "home") as (environment, _):
-        run_with("", *command, **environment)
+        run(*command, **environment)
     found = json.loads((tmp_path / "results.json").read_text())
     assert (found["hellaswag"]["items"], found["lambada"]["items"]) == (3, 2)
     assert found["hellaswag"]["revision"] == found["lambada"]["revision"] == COMMIT
@@ -250,11 +249,10 @@ def test_gpt2s_own_weights(gpt2_cache, tmp_path):
     folder = write(tmp_path, gpt2_weights(vocabulary=50257), {"vocab_size": 50257})
     (tmp_path / "text.txt").write_text("Hello world, hello you")
     source = f"--init_from={folder}"
-    cache = {"TIKTOKEN_CACHE_DIR": os.environ["TIKTOKEN_CACHE_DIR"]}
-    said = run("eval.py", source, f"--data={tmp_path}/text.txt", *COMMON, **cache)
+    said = run("eval.py", source, f"--data={tmp_path}/text.txt", *COMMON)
     tokens = len(get_tokenizer("gpt2").encode_ordinary("Hello world, hello you"))
     assert f"{tokens} tokens of" in said and "| 22 bytes |" in said
-    said = run("sample.py", source, "--start=Hello world", "--max_new_tokens=3", *COMMON, **cache)
+    said = run("sample.py", source, "--start=Hello world", "--max_new_tokens=3", *COMMON)
     assert "--- sample 3 ---\nHello world" in said and "prompt: 9 tokens" in said
 
 
@@ -305,5 +303,5 @@ def test_other_tokens_are_refused(tiny_data, tmp_path):
 def test_without_a_network_the_hub_is_refused_at_once(tmp_path):
     write_checkpoint(tmp_path, build())
     command = ["eval.py", f"--out_dir={tmp_path}", *COMMON, "--lambada=hub"]
-    said = run_with("", *command, ok=False, HF_ENDPOINT="http://127.0.0.1:1")
+    said = run(*command, ok=False, HF_ENDPOINT="http://127.0.0.1:1")
     assert "could not be reached" in said and "name a .jsonl file instead of hub" in said

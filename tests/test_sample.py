@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import run, run_with, write_checkpoint
+from conftest import run, write_checkpoint
 
 from model import GPT, GPTConfig
 
@@ -96,7 +96,7 @@ def test_ends_with_the_document_and_streams_whole_characters(tmp_path):
     whole = samples_of(run(*command))
     assert whole == f"--- sample 1 ---\n{text}\n\n"
     marks = "import builtins\nbuiltins.print = lambda *a, p=print, **k: p('|', *a, sep='', **k)\n"
-    streamed = samples_of(run_with(marks, *command, "--stream=True", PYTHONIOENCODING="utf-8"))
+    streamed = samples_of(run(*command, "--stream=True", patch=marks, PYTHONIOENCODING="utf-8"))
     streamed = streamed.split("---\n")[1].split("\n")[0]
     pieces = [piece for piece in streamed.split("|") if piece]
     assert "".join(pieces) == text and len(pieces) == len(text)  # each character, as it came
@@ -115,7 +115,7 @@ def test_end_of_text_in_a_prompt_is_text_unless_asked_for(out_dir, tmp_path):
 
 def test_a_console_without_utf_8_shows_a_question_mark(out_dir):
     command = ["sample.py", f"--out_dir={out_dir}", "--start=caf\u00e9 \u20ac", *SMALL]
-    assert "\ncaf? ?" in run_with("", *command, PYTHONIOENCODING="ascii")
+    assert "\ncaf? ?" in run(*command, PYTHONIOENCODING="ascii")
 
 
 def test_the_compiled_step_and_bfloat16(out_dir):
@@ -136,7 +136,7 @@ def test_the_compiled_step_and_bfloat16(out_dir):
 def test_a_machine_that_cannot_compile_is_told_what_to_do(environment, says, out_dir, tmp_path):
     command = ["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=3"]
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | environment
-    said = run_with("", *command, ok=False, **environment)
+    said = run(*command, ok=False, fresh=True, **environment)
     assert says in said and "TORCHINDUCTOR_CACHE_DIR" in said and "--compile=False" in said
 
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, records, run, run_with
+from conftest import ROOT, TINY, records, run
 
 import comparison
 import grid
@@ -113,7 +113,7 @@ def test_a_study_that_was_cut_off_ends_with_the_same_table(call, finished, tmp_p
     assert "residual" in first and "identity" in second
     words = shlex.split(second)
     words[-1] = f"--out_dir={tmp_path}/{name}/identity/seed2"
-    run_with(STOP_AT_STEP_2, *words[words.index("train.py") :])
+    run(*words[words.index("train.py") :], patch=STOP_AT_STEP_2)
     assert "identity/seed2: at step 2" in call(path, "--list")
 
     output = call(path, "--jobs=2")

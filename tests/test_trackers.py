@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import run_with
+from conftest import run
 
 import trackers
 from checkpoint import Metrics
@@ -77,7 +77,7 @@ def metrics(folder):
 
 def test_both_get_the_lines_of_the_file_and_a_resumed_run_goes_on(tiny, tmp_path):
     out_dir = tmp_path / "out"
-    run_with(fakes(tmp_path), *tiny, *BOTH)
+    run(*tiny, *BOTH, patch=fakes(tmp_path))
     first, lines = calls(tmp_path), metrics(out_dir)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
     assert [line for (line,) in first["log"]] == lines and first["scalar"] == scalars(lines)
@@ -88,7 +88,7 @@ def test_both_get_the_lines_of_the_file_and_a_resumed_run_goes_on(tiny, tmp_path
     assert settings["config"] == json.loads((out_dir / "config.json").read_text())
 
     (out_dir / "ckpt_0000006.pt").unlink()  # as if killed between steps 4 and 6
-    said = run_with(fakes(tmp_path), "train.py", f"--out_dir={out_dir}", "--init_from=resume")
+    said = run("train.py", f"--out_dir={out_dir}", "--init_from=resume", patch=fakes(tmp_path))
     again, lines = calls(tmp_path), metrics(out_dir)
     new = [line for line in lines if line["step"] > 4]
     assert "changed since" not in said and [line for (line,) in again["log"]] == new
@@ -97,14 +97,14 @@ def test_both_get_the_lines_of_the_file_and_a_resumed_run_goes_on(tiny, tmp_path
 
 
 def test_a_run_that_cannot_begin_there_says_why(tiny, tmp_path):
-    said = run_with(fakes(tmp_path, fails=True), *tiny, "--wandb_project=streams", ok=False)
+    said = run(*tiny, "--wandb_project=streams", patch=fakes(tmp_path, fails=True), ok=False)
     assert "could not begin a run of streams (no key). Run wandb login" in said
 
 
 def test_nothing_is_imported_that_nobody_asked_for(tiny):
     absent = "for name in ('tensorboard', 'torch.utils.tensorboard', 'wandb'):\n"
     absent += "    sys.modules[name] = None"
-    assert "finished: 1 steps" in run_with(absent, *tiny, "--max_iters=1")
+    assert "finished: 1 steps" in run(*tiny, "--max_iters=1", patch=absent)
 
 
 @pytest.mark.quick

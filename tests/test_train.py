@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, load, records, run, run_with, same_weights, torchrun
+from conftest import ROOT, assert_same_run, load, records, run, run_ranks, same_weights, torchrun
 
 from data import read_meta, write_meta, write_shard
 from mixers import MIXERS
@@ -78,7 +78,7 @@ def test_learns_and_writes_what_it_did(tiny, tmp_path):
 
 def test_python_and_torchrun_of_one_process_are_the_same_run(tiny, tmp_path):
     run(*tiny)
-    torchrun(1, *tiny, f"--out_dir={tmp_path}/torchrun")
+    run(*torchrun(1, *tiny, f"--out_dir={tmp_path}/torchrun"))
     assert_same_run(tmp_path / "out" / "ckpt_0000006.pt", tmp_path / "torchrun" / "ckpt_0000006.pt")
 
 
@@ -89,10 +89,10 @@ def test_two_processes_are_one_and_a_run_may_change_their_number(tiny, tmp_path)
     """
     tiny += ["--max_iters=45", "--lr_decay_iters=45", "--eval_interval=9"]
     run(*tiny)
-    torchrun(2, *tiny, f"--out_dir={tmp_path}/two", "--max_iters=27")
+    run_ranks(2, *tiny, f"--out_dir={tmp_path}/two", "--max_iters=27")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     run(*tiny, f"--out_dir={tmp_path}/one", "--init_from=resume")
-    torchrun(2, *tiny, f"--out_dir={tmp_path}/two", "--init_from=resume")
+    run_ranks(2, *tiny, f"--out_dir={tmp_path}/two", "--init_from=resume")
     expected = records(tmp_path / "out")
     for other in (records(tmp_path / "one"), records(tmp_path / "two")):
         assert len(other) == len(expected) == 45 + 6
@@ -411,7 +411,7 @@ time.time = lambda: now() + 1000 * len(extra)
 gain, save = mixers.composite_gain, checkpoint.save
 mixers.composite_gain = lambda *arguments: extra.append(1) or gain(*arguments)
 checkpoint.save = lambda *arguments, **named: extra.append(1) or save(*arguments, **named)"""
-    run_with(slow, *tiny, "--log_interval=5", "--max_iters=10")
+    run(*tiny, "--log_interval=5", "--max_iters=10", patch=slow)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     times = [line["ms"] for line in map(json.loads, lines) if "ms" in line]
     assert len(times) == 3 and max(times) < 100_000

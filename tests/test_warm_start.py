@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_same_run, load, records, run, run_with, write_checkpoint
+from conftest import assert_same_run, load, records, run, write_checkpoint
 
 import warm_start
 from model import GPT, GPTConfig
@@ -172,13 +172,13 @@ def test_auto_begins_from_weights_and_goes_on_with_the_same_command(tiny, tmp_pa
     assert "after its step 2" in wanted
 
     killed = "import checkpoint, os\ncheckpoint.save = lambda *_, **__: os._exit(1)"
-    run_with(killed, *new, ok=False)
+    run(*new, ok=False, patch=killed)
     assert not list((tmp_path / "new").glob("*.pt"))
     killed = "import checkpoint, os\nsave = checkpoint.save\n"
     killed += (
         "def save_once(*a, **k):\n    save(*a, **k)\n    os._exit(1)\ncheckpoint.save = save_once"
     )
-    assert "after its step 2" in run_with(killed, *new, ok=False)
+    assert "after its step 2" in run(*new, ok=False, patch=killed)
     shutil.rmtree(tmp_path / "out")
     output = run(*new)
     assert "resumed from" in output and "at step 2" in output and "weights:" not in output

@@ -9,17 +9,10 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, records, run, start, wait_for
-from test_faults import by_hand
+from conftest import ROOT, free_port, records, run, start_ranks, wait_for
+from forks import Script
 
 from watchdog import BEATS, Peer, given_up, missing_ranks
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
 
 # ---- who is given up -----------------------------------------------------------------------------
 
@@ -65,27 +58,21 @@ def test_ranks_that_do_not_come_are_named():
 # ---- jobs ----------------------------------------------------------------------------------------
 
 
-def start_two(script, *arguments):
-    """Two ranks of one job, as two machines would start them without torchrun."""
-    port = free_port()
-    return [start([script, *arguments], **by_hand(rank, port)) for rank in range(2)]
-
-
 ENDLESS = ["--max_iters=100000", "--eval_interval=100000", "--hang_minutes=0.1"]
 
 
 def test_a_stopped_process_ends_the_job_and_is_named(tiny):
-    waiting, stopped = start_two(*tiny, *ENDLESS)
+    waiting, stopped = start_ranks(2, *tiny, *ENDLESS)
     try:
         wait_for(waiting, "step 20/")
         os.kill(stopped.pid, signal.SIGSTOP)
-        output, _ = waiting.communicate(timeout=120)
+        output = waiting.finish()
         assert waiting.returncode == 1
         named = f"rank 1 ({socket.gethostname()}, process {stopped.pid}) gave no sign of life for 6"
         assert named in output and "--init_from=resume" in output, output
     finally:
         stopped.kill()
-        stopped.communicate()
+        stopped.finish()
 
 
 # train.py, but rank 1 waits for ever for the data of some step, as for a disk that does not answer.
@@ -105,15 +92,15 @@ runpy.run_path("train.py", run_name="__main__")
 
 def test_a_process_that_hangs_while_it_lives_is_named(tiny, tmp_path):
     (tmp_path / "hangs.py").write_text(HANGS)
-    waiting, hanging = start_two(tmp_path / "hangs.py", *tiny[1:], *ENDLESS)
+    waiting, hanging = start_ranks(2, tmp_path / "hangs.py", *tiny[1:], *ENDLESS)
     try:
-        output, _ = waiting.communicate(timeout=120)
+        output = waiting.finish()
         assert waiting.returncode == 1 and "step 4/" in output and "step 6/" not in output
         named = f"rank 1 ({socket.gethostname()}, process {hanging.pid}) did not come to where"
         assert named in output, output
     finally:
         hanging.kill()
-        hanging.communicate()
+        hanging.finish()
 
 
 def test_two_nodes_compute_what_one_process_does(tiny, tmp_path):
@@ -121,8 +108,8 @@ def test_two_nodes_compute_what_one_process_does(tiny, tmp_path):
     run(*tiny)
     node = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d".split()
     node += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=7", "--local_addr=127.0.0.1"]
-    nodes = [start([*node, *tiny, f"--out_dir={tmp_path}/two"]) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in nodes]
+    nodes = [Script([*node, *tiny, f"--out_dir={tmp_path}/two"]) for _ in range(2)]
+    outputs = [process.finish() for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], outputs
     assert sum("finished: 6 steps" in output for output in outputs) == 1, "rank 0 alone prints"
     assert any("micro-steps * 2 processes" in output for output in outputs)

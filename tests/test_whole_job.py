@@ -76,11 +76,12 @@ def test_the_whole_job_where_the_modules_of_unix_are_not(tmp_path):
     environment = {"PYTHONPATH": str(tmp_path / "windows")}
     knobs = f"--data_dir={tmp_path}/data --dataset=mine --out_dir={tmp_path}/out --n_layer=1"
     short = "--max_iters=2 --n_embd=16 --compile=False".split()
+    said = ""
     for command in (
         f"prepare_data.py --files {tmp_path}/input.txt --tokenizer bytes --out={data}",
         f"train.py config/tbp.py config/laptop.py {knobs} {' '.join(short)}",
         f"sample.py --out_dir={tmp_path}/out --max_new_tokens=5 --compile=False",
     ):
-        code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], "
-        code += "run_name='__main__')"
-        run("-c", code, *command.split(), **environment)
+        said += run(*command.split(), fresh=True, **environment)
+    assert "cannot be locked here (No module named 'fcntl'); see to it yourself" in said
+    assert "finished: 2 steps" in said and "--- sample 3 ---" in said

@@ -1,0 +1,171 @@
+"""Scripts in forks of one process that has imported torch, which takes seconds, before they run.
+
+start() and run() of conftest.py go through here. The server is this file as a program: it forks
+once for each script, and tells how the forks ended.
+"""
+
+import atexit
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a patch may use without importing it.
+PATCH_NAMES = "import itertools, os, signal, sys, torch\ncalls = itertools.count(1)\n"
+
+
+class Script:
+    """A script that runs in the background; its output comes through the pipe `stdout`.
+
+    command: as after `python`, a file or -m and a module. patch: statements that are executed
+    before it. env: what is added to the environment. A script that takes longer than `timeout`
+    seconds is killed.
+    """
+
+    def __init__(self, command, patch="", env=None, timeout=300):
+        read, write = os.pipe()
+        self.stdout = open(read, errors="replace")
+        self.returncode = None
+        job = {"command": [*map(str, command)], "patch": patch, "timeout": timeout}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        self.pid = ask({**job, "env": env}, write)
+        os.close(write)
+
+    def poll(self):
+        """The exit status, or None while the script runs."""
+        if self.returncode is None:
+            self.returncode = ask({"status_of": self.pid, "wait": False})
+        return self.returncode
+
+    def finish(self):
+        """Wait for the end. -> the rest of the output."""
+        with self.stdout:
+            output = self.stdout.read()
+        if self.returncode is None:
+            self.returncode = ask({"status_of": self.pid, "wait": True})
+        return output
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+# ---- the side of the tests -----------------------------------------------------------------------
+
+
+@functools.cache
+def server():
+    """The connection to the server, which is started by the first call."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(theirs.fileno())],
+        cwd=ROOT,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    theirs.close()
+    atexit.register(lambda: (ours.close(), process.wait()))
+    return ours
+
+
+def ask(request, *descriptors):
+    """Send a request, and open files with it. -> the server's answer."""
+    connection = server()
+    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], descriptors)
+    return json.loads(receive(connection)[0])
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+
+def receive(connection):
+    """-> a line, and the open files that came with it."""
+    line, descriptors = b"", []
+    while not line.endswith(b"\n"):
+        part, more, _, _ = socket.recv_fds(connection, 1 << 16, maxfds=1)
+        if not part:
+            sys.exit()  # the other side has ended
+        line, descriptors = line + part, [*descriptors, *more]
+    return line, descriptors
+
+
+def serve(connection):
+    """Answer requests until the tests end."""
+    while True:
+        line, descriptors = receive(connection)
+        request = json.loads(line)
+        if "command" in request:
+            answer = os.fork()
+            if answer == 0:
+                connection.close()
+                become(request, *descriptors)
+            os.close(*descriptors)
+        else:
+            answer = status_of(request["status_of"], request["wait"])
+        connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def status_of(pid, wait):
+    """The exit status of a fork, negative after a signal; None while it runs."""
+    found, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def become(job, output):
+    """In the fork: run the script as Python would have been started with it, and end."""
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(job["env"])
+    sys.stdout.reconfigure(encoding=job["env"].get("PYTHONIOENCODING"))
+    signal.alarm(job["timeout"])
+    status = 0
+    try:
+        if job["patch"]:
+            exec(PATCH_NAMES + job["patch"], {})
+        run_as_main(*job["command"])
+    except SystemExit as end:
+        status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # All that Python does at its end but to free what was imported, which takes 0.3 s.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run_as_main(name, *arguments):
+    """A file, or -m and the name of a module, with its arguments."""
+    if name == "-m":
+        name, *arguments = arguments
+        sys.argv = [name, *arguments]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [name, *arguments]
+        runpy.run_path(name, run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.path[0] = os.getcwd()  # as for a script there
+    for name in ("torch._dynamo", "torch.distributed.run", "tiktoken", "checkpoint", "model"):
+        importlib.import_module(name)
+    gc.freeze()  # else each fork looks through all of it once more
+    serve(socket.socket(fileno=int(sys.argv[1])))
