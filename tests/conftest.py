@@ -16,8 +16,8 @@ from forks import ROOT, Script
 sys.path.insert(0, str(ROOT))
 
 TINY = (
-    "--dataset=tiny --block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 "
-    "--total_batch_tokens=128 --eval_tokens=256 --eval_interval=4 --checkpoint_interval=2 "
+    "--dataset=tiny --block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --n_streams=2 "
+    "--batch_size=4 --total_batch_tokens=128 --eval_tokens=256 --eval_interval=4 --checkpoint_interval=2 "
     "--max_iters=6 --warmup_iters=2 --lr_decay_iters=6 --learning_rate=1e-2 --device=cpu"
 ).split()
 
