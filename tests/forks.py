@@ -131,7 +131,8 @@ def become(job, output):
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(job["env"])
-    sys.stdout.reconfigure(encoding=job["env"].get("PYTHONIOENCODING"))
+    sys.stdout = open(1, "w", encoding=job["env"].get("PYTHONIOENCODING"))
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")
     signal.alarm(job["timeout"])
     status = 0
     try:

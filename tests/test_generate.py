@@ -114,7 +114,7 @@ def test_every_form_of_the_model(form):
     assert found == [without_cache(model, [7, 8], 20)]
 
 
-@pytest.mark.parametrize("mixer", ["residual", "tbp"])
+@pytest.mark.parametrize("mixer", [pytest.param("residual", marks=pytest.mark.long), "tbp"])
 def test_the_step_is_compiled_once(mixer):
     """In one block of 128 positions and beyond it, with rows that end, for a second batch too."""
     torch.compiler.reset()
