@@ -15,7 +15,7 @@ run: .venv/ready
 	$(BIN)/python sample.py --out_dir=out/laptop-tbp
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 quick: .venv/ready-dev
 	$(BIN)/python -m pytest -m quick
@@ -34,19 +34,20 @@ test-torch: $(OTHER)/ready
 	$(OTHER)/bin/python -m pytest tests/test_torch_versions.py --long
 
 # A user's environment, then what the tests add to it. A stamp file says that a step is done.
+# Compiling all modules takes pip almost a minute, and Python compiles those that are imported.
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, not " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
 	touch $@
 
 # The pins of requirements.txt and requirements-dev.txt, but for torch's.
 $(OTHER)/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(OTHER)
 	grep -hv '^torch==' requirements.txt requirements-dev.txt > $(OTHER)/requirements.txt
-	$(OTHER)/bin/python -m pip install -q torch==$(TORCH) -r $(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install -q --no-compile torch==$(TORCH) -r $(OTHER)/requirements.txt
 	touch $@

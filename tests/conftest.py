@@ -17,8 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 TINY = (
     "--dataset=tiny --block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --n_streams=2 "
-    "--batch_size=4 --total_batch_tokens=128 --eval_tokens=256 --eval_interval=4 --checkpoint_interval=2 "
-    "--max_iters=6 --warmup_iters=2 --lr_decay_iters=6 --learning_rate=1e-2 --device=cpu"
+    "--batch_size=4 --total_batch_tokens=128 --eval_tokens=256 --eval_interval=4 "
+    "--checkpoint_interval=2 --max_iters=6 --warmup_iters=2 --lr_decay_iters=6 "
+    "--learning_rate=1e-2 --device=cpu"
 ).split()
 
 
@@ -150,10 +151,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long", action="store_true", help="run what takes minutes to an hour as well"
     )
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes minutes to an hour; runs with --long")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -116,7 +116,11 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
 
 
 @linux
-def test_torchrun_recovers_from_a_worker_that_dies(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "deaths", [[(25, 1)], pytest.param([(25, 1), (45, 0)], marks=pytest.mark.long)]
+)
+def test_torchrun_recovers_from_a_worker_that_dies(deaths, tiny, tmp_path):
+    """deaths: (step, rank) of each."""
     tiny += [
         "--max_iters=60",
         "--checkpoint_interval=10",
@@ -125,9 +129,9 @@ def test_torchrun_recovers_from_a_worker_that_dies(tiny, tmp_path):
         "--init_from=auto",
     ]
     process = Script(torchrun(2, "--max-restarts=2", *tiny))
-    for step, worker in ((25, 1), (45, 0)):
+    for step, rank in deaths:
         wait_for(process, f"step {step}/")
-        os.kill(workers(process)[worker], signal.SIGKILL)
+        os.kill(workers(process)[rank], signal.SIGKILL)
     output = process.finish()
     assert (
         process.returncode == 0 and "resumed from" in output and "finished: 60 steps" in output
@@ -141,8 +145,15 @@ def test_torchrun_recovers_from_a_worker_that_dies(tiny, tmp_path):
 # ---- stopped -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "number, processes",
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 1),
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_finishes_the_step_and_saves(number, processes, tiny, tmp_path):
     tiny += ["--max_iters=100000", "--checkpoint_interval=100000", "--eval_interval=100000"]
     process = Script(torchrun(2, *tiny) if processes == 2 else tiny)

@@ -28,7 +28,8 @@ def start_apart(arguments, folder, mixer):
 
     -> its weights. They are a checkpoint of step 0, from which the run can be resumed.
     """
-    run(*arguments, "--max_iters=1", "--learning_rate=0.0", "--min_lr=0.0", "--init_from=scratch")
+    still = ["--max_iters=1", "--learning_rate=0.0", "--min_lr=0.0", "--compile=False"]
+    run(*arguments, *still, "--init_from=scratch")
     (folder / "best.pt").unlink(missing_ok=True)
     path = folder / "ckpt_0000001.pt"
     state = load(path)

@@ -1,5 +1,6 @@
 """runtime.py: devices, provenance, and what it says where a system lacks something."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -86,44 +87,42 @@ def git(folder, *arguments):
     subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
 
 
-def provenance_of(folder, **env):
-    code = "import runtime; print(runtime.provenance())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--x=a b"],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    return eval(done.stdout)
+def provenance_of(folder):
+    """What the copy of runtime.py in this folder says."""
+    spec = importlib.util.spec_from_file_location("a_copy", folder / "runtime.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.provenance()
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_provenance_names_the_commit_that_holds_the_file(tmp_path):
+def test_provenance_names_the_commit_that_holds_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/folder/train.py", "--x=a b"])
     repository, copy = tmp_path / "repository", tmp_path / "repository" / "copy"
     copy.mkdir(parents=True)
     for folder in (tmp_path, repository, copy):
         shutil.copy(ROOT / "runtime.py", folder)
-        shutil.copy(ROOT / "watchdog.py", folder)  # which it imports
     nothing = {"commit": None, "clean": None}
     assert nothing.items() <= provenance_of(tmp_path).items()  # no repository
 
     git(repository, "init", "-q")
     (repository / ".gitignore").write_text("copy\n__pycache__\n")
-    git(repository, "add", ".gitignore", "runtime.py", "watchdog.py")
+    git(repository, "add", ".gitignore", "runtime.py")
     git(repository, "commit", "-qm", "one")
     done = subprocess.run(
         ["git", "-C", repository, "rev-parse", "HEAD"], capture_output=True, text=True
     )
     commit = done.stdout.strip()
-    assert provenance_of(repository, PATH="/usr/bin:/bin") == {
+    assert provenance_of(repository) == {
         "commit": commit,
         "clean": True,
         "torch": torch.__version__,
-        "command": "-c '--x=a b'",
+        "command": "train.py '--x=a b'",
     }
     assert nothing.items() <= provenance_of(copy).items()  # a repository that ignores the file
-    assert nothing.items() <= provenance_of(repository, PATH="").items()  # no git
+    with monkeypatch.context() as without_git:
+        without_git.setenv("PATH", "")
+        assert nothing.items() <= provenance_of(repository).items()
     (repository / "results").mkdir()
     (repository / "results" / "table.md").write_text("a study writes here while its runs go on")
     assert provenance_of(repository)["clean"] is True
