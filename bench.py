@@ -6,8 +6,7 @@ What a training step costs with each mixer, side by side: time, memory, compile 
     python bench.py --mixers=tbp --fresh=False            # only the steps' time
     python bench.py --mixers=tbp --rounds=0 --n_layer=12  # only compile time, memory and kernels
     python bench.py --mixers=tbp --n_layer=6 --budgets=1.0,0.5,0.0      # what memory costs in time
-    python bench.py --sweep_streams=2,4,8,16,32           # growth with the number of streams
-    python bench.py --help                                # every knob
+    python bench.py --sweep_streams=2,4,8,16,32           # growth; python -m dev.growth draws it
 
 A step is train.py's on one batch: forward, backward, clipping, fused AdamW, zero_grad. The models
 take turns, a few steps each. A ratio is the median over the rounds of (residual's seconds / the
@@ -23,8 +22,7 @@ Compile time, memory and kernels come from fresh processes:
 compile_s           seconds of the first forward and backward, with an empty compiler cache
 compile_cpu_s       processor seconds of the same, without those of workers that torch keeps (CUDA)
 compile_warm_s      seconds in another process, with the cache that the first one left
-peak_memory_bytes   parameters, optimizer state, gradients and activations at the worst moment of a
-                    later step; the compiler's memory is not in it
+peak_memory_bytes   parameters, optimizer state, gradients and activations at a later step's worst
 kernels_forward     launches of kernels that Inductor generated (not matmuls, not attention) in the
 kernels_backward    compiled graphs, in which a block and the head stand once at any depth
 recompiles          graphs compiled after the first step, which should be none
@@ -61,6 +59,7 @@ mixers = "all"  # names of mixers.MIXERS with commas between, or all; plain and 
 compile = True  # blocks and head through torch.compile, in place, as train.py does
 rounds = 20  # turns of every model; 0: no timing of steps
 steps = 2  # steps in a turn
+clock = "wall"  # of the steps; processor: CPU seconds, for a machine where other programs run
 warmup = 3  # steps of each model before the first round
 fresh = True  # compile time, memory and kernels, each row in fresh processes
 out = "bench.json"  # the rows, the knobs, the machine, and what made them
@@ -92,6 +91,7 @@ activation_memory_budget = 1.0  # of the mixers, see train.py; plain and residua
 budgets = ""  # instead of that budget several, such as 1.0,0.5,0.0: rows for each
 config = configure(globals(), config_of="train.py", extra=OPTIONS)
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PLAIN, RESIDUAL = "plain", "residual"  # the yardsticks
 # The yardsticks have one stream, and these knobs at their defaults.
 OF_STREAMS = ("gates", "sees", "wraps", "mix_scale", "stream_start", "readout")
@@ -103,6 +103,7 @@ COLUMNS = {
     "budget": "activation_memory_budget",
     "deterministic": "deterministic",
     "params": "params",
+    "of one": "connection_params",
     "step ms": "step_ms",
     "tok/s": "tok_s",
     "ratio": "ratio_to_residual",
@@ -136,6 +137,9 @@ class Case(NamedTuple):
     activation_memory_budget: float
     deterministic: bool
 
+    def cache(self, folder):  # the compiler's, in `folder`
+        return os.path.join(folder, "-".join(map(str, self)))
+
 
 def residual_of(case):
     """The residual model that a case is compared with."""
@@ -147,6 +151,9 @@ def residual_of(case):
 
 def check_knobs():
     """ValueError for what nothing can be measured with."""
+    on_cpu = runtime.pick_device(device).type == "cpu"
+    if clock not in CLOCKS or clock == "processor" and not on_cpu:
+        raise ValueError(f"clock must be wall, or on a CPU processor, not {clock!r}")
     for name in ("steps", "warmup", "batch_size"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {config[name]}")
@@ -233,10 +240,12 @@ def gpt_config(case):
 def facts(case):
     """What a row says before anything was measured."""
     model, yardstick = GPT(gpt_config(case)), GPT(gpt_config(residual_of(case)))
+    _, connection, _ = model.blocks[0].connections()[0]
     return {
         **case._asdict(),
         "dtype": str(runtime.pick_dtype(dtype, runtime.pick_device(device))),
         "params": model.parameter_counts()["total"],
+        "connection_params": sum(p.numel() for p in connection.parameters()),
         "flops_per_token": model.flops_per_token(),
         "flops_bound": yardstick.flops_per_token() / model.flops_per_token(),
     }
@@ -297,21 +306,9 @@ class Trainer:
 # ---- compile time, memory, kernels: in fresh processes -------------------------------------------
 
 
-def measure_afresh(case):
-    """What fresh processes say of a case: compile time, memory, kernels."""
-    with tempfile.TemporaryDirectory() as cache:
-        first = costs.in_fresh_process(probe, case, cache)
-        if not compile:
-            return first
-        second = costs.in_fresh_process(probe, case, cache)
-    warm = {"compile_warm_s": second["compile_s"], "peak_memory_bytes": second["peak_memory_bytes"]}
-    return first | warm
-
-
 def probe(case, cache):
     """Runs in a process that has compiled nothing yet, with `cache` for the compiler's."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, "triton")
+    costs.use_cache(cache)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells when it starts
     trainer, launches, found = Trainer(case), [], {}
     if compile:
@@ -335,10 +332,10 @@ def probe(case, cache):
 # ---- the steps' time -----------------------------------------------------------------------------
 
 
-def take_turns(group):
+def take_turns(group, caches):
     """Seconds of a step of each case in each round: {case: [rounds]}.
 
-    Compiles and warms up each of them first.
+    Compiles and warms up each of them first, with what fresh processes left in `caches`.
     """
     torch.compiler.reset()  # Dynamo would take graphs of another budget again: it is no guard
     # All models share the code of their blocks. Without this the second would be compiled for
@@ -347,17 +344,18 @@ def take_turns(group):
     torch._dynamo.config.recompile_limit = 8 * len(group)
     trainers, seconds = {}, {case: [] for case in group}
     for case in group:
+        costs.use_cache(case.cache(caches))
         trainers[case] = Trainer(case)
         for _ in range(warmup):
             trainers[case].step()
     for _ in range(rounds):
         for case, trainer in trainers.items():
             trainer.wait()
-            began = time.perf_counter()
+            began = CLOCKS[clock]()
             for _ in range(steps):
                 trainer.step()
             trainer.wait()
-            seconds[case].append((time.perf_counter() - began) / steps)
+            seconds[case].append((CLOCKS[clock]() - began) / steps)
     return seconds
 
 
@@ -415,14 +413,14 @@ def main():
     print("machine: " + json.dumps(machine), flush=True)
     about = {"provenance": provenance, "machine": machine, "config": config}
 
-    rows = {}
+    rows, caches = {}, tempfile.TemporaryDirectory()  # removed when the program ends
     for group in make_groups():
         new = [case for case in group if case not in rows]  # the yardsticks stand in every group
         rows |= {case: facts(case) for case in new}
         if fresh:
             # What is compiled and kept hardly depends on `deterministic`.
             for case in [case for case in new if case.deterministic == deterministic]:
-                found = measure_afresh(case)
+                found = costs.measure_afresh(probe, case, case.cache(caches.name), twice=compile)
                 rows[case] |= found
                 if memory := found["peak_memory_bytes"]:
                     most = rows[residual_of(case)]["peak_memory_bytes"]
@@ -430,7 +428,7 @@ def main():
                 say(case, found)
                 write(about, rows)
         if rounds:
-            seconds = take_turns(group)
+            seconds = take_turns(group, caches.name)
             for case in new:
                 found = speed(case, seconds, rows[case])
                 rows[case] |= found

@@ -12,10 +12,9 @@ As in mixers.py, M is a list of n rows of n planes. Rows and columns of a block 
 """
 
 import itertools
+from functools import partial
 
 import torch
-
-STRAIGHT_LINE = 8  # streams; with more, the forms at the end walk many entries at a time
 
 
 class Choose:
@@ -58,8 +57,6 @@ def point(lo, hi, logit):
 
 def tbp(planes, n):
     """The transportation chart, entry by entry (TBP, 2605.21724)."""
-    if n > STRAIGHT_LINE:
-        return tbp_by_diagonals(torch.stack(planes), n)
     return tbp_chart(Choose(planes), n, torch.ones_like(planes[0]))
 
 
@@ -90,8 +87,6 @@ def tbp_chart(choose, n, one):
 
 def rtbp(planes, n):
     """The transportation chart, recursive (RTBP, 2605.21724)."""
-    if n > STRAIGHT_LINE:
-        return rtbp_by_quarters(torch.stack(planes), n)
     return rtbp_chart(Choose(planes), n, torch.ones_like(planes[0]))
 
 
@@ -163,84 +158,197 @@ def remaining(margins, taken):
     return [(margin - t).relu() for margin, t in zip(margins, taken)]
 
 
-# ---- more than 8 streams: the same maps, many entries at a time ----------------------------------
+# ---- many streams: the same maps on tensors ------------------------------------------------------
 # A straight line over n^2 planes takes a compiler too long when n is large. Here a tensor carries
-# the index of an entry in its first dimension, before the tokens. Tests hold these maps to the
-# straight lines above.
+# the index of an entry in its first dimensions, before the tokens, and a chart is one operation to
+# the compiler: nothing in it is compiled, so compiling takes as long for any n. Tests hold these
+# maps to the straight lines above.
 
 
-def tbp_by_diagonals(logits, n):
-    """`tbp_chart` one antidiagonal at a time: logits ((n-1)^2, ...) -> n rows of n planes.
+@torch.library.custom_op("charts::tbp_stacked", mutates_args=())
+def tbp_stacked(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """`tbp` one antidiagonal at a time: logits ((n-1)^2, ...) -> M (n, n, ...), for n >= 3."""
+    return walk_diagonals(logits, n, kept=[])
 
-    The entries (i, d - i) of antidiagonal d depend only on the antidiagonals before: what is left
-    of the columns right of (i + 1, j) is what was left right of (i, j), less what row i has left.
-    Each variable has a row for each active i, from the top:
-    r      what is left of row i
-    c      what is left of column d - i
-    right  what is left of all columns right of that one
+
+@torch.library.custom_op("charts::tbp_stacked_backward", mutates_args=())
+def tbp_stacked_backward(logits: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of M (n, n, ...) -> that of the logits. Walks forward again, and then back."""
+    n, kept = len(grad), []
+    M = walk_diagonals(logits, n, kept)
+    through_corner = grad[-1, -1] * (M[-1, -1] > 0)
+    grad_r = grad[:-1, -1] - through_corner  # (n-1, ...)
+    grad_c = grad[-1, :-1].flip(0)
+    grad_right = torch.zeros_like(grad_r)
+    grad_M, grad_logits = grad.flatten(0, 1), torch.empty_like(logits)
+
+    for d in reversed(range(2 * n - 3)):
+        rows, columns, entries, own = diagonal(d, n)
+        r, c, right = grad_r[rows], grad_c[columns], grad_right[columns]  # gradients, in place
+        share, width, row_is_less, bounded_below = kept[d]
+        r -= right  # of right - r
+        mass = grad_M[entries] - r - c
+        grad_logits[own] = mass * width * share * (1 - share)
+        hi = mass * share
+        lo = (mass - hi) * bounded_below
+        r += hi * row_is_less + lo
+        c += hi * ~row_is_less
+        right -= lo
+    return grad_logits
+
+
+def walk_diagonals(logits, n, kept):
+    """M (n, n, ...). Adds to `kept`, for each antidiagonal, what the backward needs of it.
+
+    The entries (i, d - i) of antidiagonal d depend only on the antidiagonals before. What is left:
+    r      of each row, from the top
+    c      of each column, from the right: the rows of an antidiagonal go down, its columns go left
+    right  of all columns right of a column, in the same order: it loses what its row has left
     lost   the rounding error of `right` so far, kept apart (Neumaier's compensated summation):
            `right` shrinks from n - 1 to where 1e-7 counts
     """
-    one = torch.ones_like(logits[:1])
-    diagonals, last_column, last_row = [], [], []
-    r, c, right, lost = one, one, one * (n - 1), 0 * one
+    tokens = logits.shape[1:]
+    M = logits.new_empty(n, n, *tokens)
+    flat = M.flatten(0, 1)  # the same memory
+    r, c = logits.new_ones(n - 1, *tokens), logits.new_ones(n - 1, *tokens)
+    right = torch.arange(1, n, device=logits.device).to(logits)
+    right = right.view(-1, *[1] * len(tokens)).repeat(1, *tokens)
+    lost = torch.zeros_like(right)
     for d in range(2 * n - 3):
-        top, bottom = max(0, d - n + 2), min(d, n - 2)
-        t = logits[d + top * (n - 2) : d + bottom * (n - 2) + 1 : n - 2]  # (bottom - top + 1, ...)
-        m = point((r - right - lost).relu(), torch.minimum(r, c), t)
-        r, c = r - m, c - m
-        before, right = right, right - r
-        lost = lost + (before - right - r).detach()
-        diagonals.append(dict(zip(range(top, bottom + 1), m.unbind(0))))
-        if d < n - 2:  # row and column d + 1 join
-            r, c = torch.cat([r, one]), torch.cat([one, c])
-            right, lost = torch.cat([one * (n - 2 - d), right]), torch.cat([0 * one, lost])
-        else:  # the first row is complete, and so is the last column
-            last_column.append(r[0])
-            last_row.append(c[-1])
-            r, c, right, lost = r[1:], c[:-1], right[:-1], lost[:-1]
-    corner = one[0]
-    for rest in last_column:
-        corner = (corner - rest).relu()
-    M = [[diagonals[i + j][i] for j in range(n - 1)] + [last_column[i]] for i in range(n - 1)]
-    return M + [last_row + [corner]]
+        rows, columns, entries, own = diagonal(d, n)
+        r_i, c_j, right_j, lost_j = r[rows], c[columns], right[columns], lost[columns]
+        below = r_i - right_j - lost_j
+        lo, hi, share = below.relu(), torch.minimum(r_i, c_j), logits[own].sigmoid()
+        kept.append((share, hi - lo, r_i <= c_j, below > 0))
+        mass = torch.minimum(lo + (hi - lo) * share, hi)  # as `point`
+        flat[entries] = mass
+        r_i -= mass
+        c_j -= mass
+        before = right_j.clone()
+        right_j -= r_i
+        lost_j += before - right_j - r_i
+    M[:-1, -1], M[-1, :-1] = r, c.flip(0)
+    M[-1, -1] = (1 - r.sum(0)).relu()
+    return M
 
 
-def rtbp_by_quarters(logits, n):
-    """`rtbp_chart` with the four blocks of a problem as one problem of four times the size: logits
-    ((n-1)^2, ...) -> n rows of n planes."""
-    one = torch.ones_like(logits[0])
-    return transport_by_quarters(logits, [one] * n, [one] * n)
+def diagonal(d, n):
+    """Where antidiagonal d lies: its rows, its columns from the right, its entries in M row by row,
+    and its own logits, as slices that go down the antidiagonal."""
+    top, bottom = max(0, d - n + 2), min(d, n - 2)
+    from_right = n - 2 - d  # of column d - i, plus i
+    return (
+        slice(top, bottom + 1),
+        slice(from_right + top, from_right + bottom + 1),
+        slice(d + top * (n - 1), d + bottom * (n - 1) + 1, n - 1),
+        slice(d + top * (n - 2), d + bottom * (n - 2) + 1, n - 2),
+    )
 
 
-def transport_by_quarters(logits, r, c):
-    """`transport` for any n: planes (..., ) with logits (K, ...) in the chart's order."""
-    n, choose = len(r), Choose(logits)
-    if n <= 4:
-        return transport(choose, range(n), range(n), r, c)
+@torch.library.custom_op("charts::rtbp_stacked", mutates_args=())
+def rtbp_stacked(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """`rtbp` with parts of a problem side by side, as one problem on more numbers: logits
+    ((n-1)^2, ...) -> M (n, n, ...)."""
+    return rtbp_side_by_side(logits, n).contiguous()
+
+
+@torch.library.custom_op("charts::rtbp_stacked_backward", mutates_args=())
+def rtbp_stacked_backward(logits: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of M (n, n, ...) -> that of the logits, by autograd."""
+    _, backward = torch.func.vjp(partial(rtbp_side_by_side, n=len(grad)), logits)
+    return backward(grad)[0].contiguous()
+
+
+def rtbp_side_by_side(logits, n):
+    ones = torch.ones_like(logits[:1]).expand(n, *logits.shape[1:])
+    return transport_stacked(logits, ones, ones)
+
+
+def transport_stacked(logits, r, c):
+    """`transport`: logits in the chart's order, rows that sum to r and columns to c (n, ...)."""
+    n, h = len(r), len(r) // 2
+    if n == 2:
+        m = point((r[0] - c[1]).relu(), torch.minimum(r[0], c[0]), logits[0])
+        below = c[0] - m
+        entries = torch.stack([m, r[0] - m, below, (r[1] - below).relu()])
+        return entries.unflatten(0, (2, 2))
     if n % 2:
-        corner, last_col, last_row = border(choose, range(n), range(n), r, c)
-        r, c = remaining(r[:-1], last_col), remaining(c[:-1], last_row)
-        inner = transport_by_quarters(logits[2 * n - 3 :], r, c)
-        return [row + [last] for row, last in zip(inner, last_col)] + [last_row + [corner]]
+        return transport_odd(logits, r, c)
 
-    # The four spreads of `transport`, a, g, u and s, side by side in one tensor. Which rows and
-    # columns they are of does not matter to Choose.
-    h = n // 2
-    R1, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
-    m11 = choose((R1 - C2).relu(), torch.minimum(R1, C1), range(h), range(h))
+    # The four spreads a, g, u, s of `transport`, and then its four blocks, side by side.
+    R1, C1, C2 = r[:h].sum(0), c[:h].sum(0), c[h:].sum(0)
+    m11 = point((R1 - C2).relu(), torch.minimum(R1, C1), logits[0])
     mass = torch.stack([m11, C1 - m11, m11, R1 - m11])
-    capacity = [torch.stack(planes) for planes in zip(r[:h], r[h:], c[:h], c[h:])]
-    choose_four = Choose(logits[1 : 4 * h - 3].unflatten(0, (4, h - 1)).unbind(1))
-    shares = spread(choose_four, mass, capacity, range(h), range(h), by_rows=True)
-    a, g, u, s = zip(*(share.unbind(0) for share in shares))
+    capacity = torch.stack([r[:h], r[h:], c[:h], c[h:]], 1)  # (h, 4, ...)
+    spreads, blocks = logits[1 : 4 * h - 3], logits[4 * h - 3 :]
+    taken = spread_stacked(side_by_side(spreads, 4), mass, capacity)
+    left = (capacity - taken).relu()  # for the other blocks of the same rows or columns
+    (a, g, u, s), (b, d, v, w) = taken.unbind(1), left.unbind(1)
+    rows, columns = torch.stack([a, b, g, d], 1), torch.stack([u, s, v, w], 1)
+    quarters = transport_stacked(side_by_side(blocks, 4), rows, columns)  # (h, h, 4, ...)
+    quarters = quarters.unflatten(2, (2, 2))  # (row, column, lower, right, ...)
+    return quarters.movedim((2, 3), (0, 2)).flatten(2, 3).flatten(0, 1)
 
-    rows = [torch.stack(planes) for planes in zip(a, remaining(r[:h], a), g, remaining(r[h:], g))]
-    cols = [torch.stack(planes) for planes in zip(u, s, remaining(c[:h], u), remaining(c[h:], s))]
-    blocks = logits[4 * h - 3 :].unflatten(0, (4, (h - 1) ** 2)).transpose(0, 1)
-    quarters = transport_by_quarters(blocks, rows, cols)  # planes (4, ...)
-    whole = [[plane.unbind(0) for plane in row] for row in quarters]
-    # The four planes of an entry are those of the top left, top right, bottom left, bottom right.
-    top = [[p[0] for p in row] + [p[1] for p in row] for row in whole]
-    bottom = [[p[2] for p in row] + [p[3] for p in row] for row in whole]
-    return top + bottom
+
+def transport_odd(logits, r, c):
+    """A corner and its row and column, as `border`, and an even problem."""
+    n = len(r)
+    lo, hi = (r[-1] - c[:-1].sum(0)).relu(), torch.minimum(r[-1], c[-1])
+    corner = point(lo, hi, logits[0])
+    last_column = spread_stacked(logits[1 : n - 1], c[-1] - corner, r[:-1])
+    last_row = spread_stacked(logits[n - 1 : 2 * n - 3], r[-1] - corner, c[:-1])
+    rest = (r[:-1] - last_column).relu(), (c[:-1] - last_row).relu()
+    inner = transport_stacked(logits[2 * n - 3 :], *rest)
+    upper = torch.cat([inner, last_column[:, None]], 1)
+    lower = torch.cat([last_row, corner[None]])
+    return torch.cat([upper, lower[None]])
+
+
+def spread_stacked(logits, mass, capacity):
+    """`spread`: mass (...), capacity (h, ...) -> the shares (h, ...)."""
+    h = len(capacity)
+    if h == 1:
+        return torch.minimum(mass, capacity[0])[None]
+    left, right = capacity[: h // 2], capacity[h // 2 :]
+    lo, hi = (mass - right.sum(0)).relu(), torch.minimum(mass, left.sum(0))
+    m = point(lo, hi, logits[0])
+    if h % 2:
+        first, rest = logits[1 : h // 2], logits[h // 2 :]
+        return torch.cat([spread_stacked(first, m, left), spread_stacked(rest, mass - m, right)])
+    halves = torch.stack([m, mass - m]), torch.stack([left, right], 1)
+    shares = spread_stacked(side_by_side(logits[1:], 2), *halves)  # (h / 2, 2, ...)
+    return shares.transpose(0, 1).flatten(0, 1)
+
+
+def side_by_side(logits, count):
+    """The logits of `count` problems, one after the other (K, ...) -> (K / count, count, ...)."""
+    return logits.unflatten(0, (count, -1 if len(logits) else 0)).transpose(0, 1)
+
+
+# ---- what PyTorch must know of the two operations ------------------------------------------------
+
+
+def matrix_like(logits, n):
+    return logits.new_empty(n, n, *logits.shape[1:])
+
+
+def like_logits(logits, grad):
+    return torch.empty_like(logits)
+
+
+def keep_logits(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+def gradient_by(backward, ctx, grad):
+    (logits,) = ctx.saved_tensors
+    return backward(logits, grad), None
+
+
+for _chart, _backward in (
+    (tbp_stacked, tbp_stacked_backward),
+    (rtbp_stacked, rtbp_stacked_backward),
+):
+    _chart.register_fake(matrix_like)
+    _backward.register_fake(like_logits)
+    _chart.register_autograd(partial(gradient_by, _backward), setup_context=keep_logits)

@@ -157,8 +157,8 @@ def replaced_mix(connection, matrix):
 def coefficients_with(usual, matrix, *state):
     """What usual(*state) gives, with the entries of `matrix` for the planes of M."""
     read, write, _ = usual(*state)
-    entries = matrix.to(read[0]).flatten().unbind()
-    return read, write, [entry.expand_as(read[0]) for entry in entries]
+    entries = matrix.to(read[0]).flatten()[:, None, None].expand(-1, *read[0].shape)
+    return read, write, entries if isinstance(read, torch.Tensor) else [*entries]
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ inverse, its start, and its entry in `MIXERS`. The model, the tests, the benchma
 walk that registry, so a new mixer is one section here (and its oracle in tests/oracle.py).
 
 Inside a mixer, M is a list of n rows, and a row is a list of n *planes*. A plane is a tensor of the
-shape of one logit: (B, T) in the model, one entry of M for all tokens. For few streams a mixer is a
-straight line of pointwise operations on planes, which torch.compile fuses into one kernel. For more
-streams, permutation, tbp and rtbp work on stacked planes.
+shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a straight line
+of pointwise operations on planes, which torch.compile fuses into one kernel. For more than
+FEW_STREAMS that line is too long, and a mixer may have another form, on tensors that stack planes.
 
 Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732, KromHC 2601.21579, TBP and RTBP
 2605.21724, identity mixing 2607.28611.
@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 import charts
+
+FEW_STREAMS = 4  # up to so many, coefficients are planes; with more they are tensors
 
 # ---- the contract --------------------------------------------------------------------------------
 
@@ -51,7 +53,9 @@ class Mixer:
                                   logits give M. None: the inverse is not known.
     start(n, eps)              -> logits (K,) at which training starts. None: the logits of
                                   (1 - eps) I + (eps / n) 11^T, by the inverse.
-    options                    what `map` and `inverse` take beside that, by name.
+    map_stacked(logits, n, **options)  -> M (n, n, ...), from logits (K, ...), for more than
+                                  FEW_STREAMS. None: `map`, which compiles slowly then.
+    options                    what the maps and `inverse` take beside that, by name.
 
     The rest are promises, to which the tests hold a mixer:
     doubly_stochastic    M is doubly stochastic, exactly or in the limit of many rounds
@@ -67,6 +71,7 @@ class Mixer:
     map: Callable
     inverse: Callable | None = None
     start: Callable | None = None
+    map_stacked: Callable | None = None
     options: dict[str, Option] = field(default_factory=dict)
     doubly_stochastic: bool = True
     exact_sums: tuple[str, ...] = ("rows", "columns")
@@ -151,11 +156,20 @@ def mixing_matrix(name, logits, n_streams, **options):
             f"{logits.shape[-1] if logits.ndim else 'a scalar'} (shape {tuple(logits.shape)})"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rows = MIXERS[name].map(logits.unbind(-1), n_streams, **options)
-    if not rows:
+    M = stacked_matrix(name, logits.movedim(-1, 0), n_streams, **options)
+    if M is None:
         eye = torch.eye(n_streams, dtype=logits.dtype, device=logits.device)
         return eye.expand(*logits.shape[:-1], -1, -1)
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+    return M.movedim((0, 1), (-2, -1))
+
+
+def stacked_matrix(name, logits, n, **options):
+    """`mixing_matrix` in the model's order: logits (K, ...) -> M (n, n, ...), or None for I."""
+    mixer = MIXERS[name]
+    if n > FEW_STREAMS and mixer.map_stacked:
+        return mixer.map_stacked(logits, n, **options)
+    rows = mixer.map(logits.unbind(0), n, **options)
+    return torch.stack([torch.stack(row) for row in rows]) if rows else None
 
 
 # mixing_logits takes a matrix for doubly stochastic within this: float32 rounding passes, what 20
@@ -284,6 +298,10 @@ def hc(planes, n):
     return in_rows(planes, n)
 
 
+def hc_stacked(logits, n):
+    return logits.unflatten(0, (n, n))
+
+
 def hc_inverse(M, n):
     return M.flatten(-2)
 
@@ -291,6 +309,7 @@ def hc_inverse(M, n):
 MIXERS["hc"] = Mixer(
     n_logits=lambda n: n * n,
     map=hc,
+    map_stacked=hc_stacked,
     inverse=hc_inverse,
     start=lambda n, eps: torch.eye(n).flatten(),
     doubly_stochastic=False,
@@ -320,6 +339,14 @@ def column_softmax(planes, n):
     return transpose(row_softmax(transpose_planes(planes, n), n))
 
 
+def row_softmax_stacked(logits, n):
+    return logits.unflatten(0, (n, n)).softmax(1)
+
+
+def column_softmax_stacked(logits, n):
+    return logits.unflatten(0, (n, n)).softmax(0)
+
+
 def log_inverse(M, n):
     return M.log().flatten(-2)
 
@@ -340,6 +367,7 @@ def orthogonal(planes, n):
 MIXERS["rows"] = Mixer(
     n_logits=lambda n: n * n,
     map=row_softmax,
+    map_stacked=row_softmax_stacked,
     inverse=log_inverse,
     doubly_stochastic=False,
     exact_sums=("rows",),
@@ -347,6 +375,7 @@ MIXERS["rows"] = Mixer(
 MIXERS["columns"] = Mixer(
     n_logits=lambda n: n * n,
     map=column_softmax,
+    map_stacked=column_softmax_stacked,
     inverse=log_inverse,
     doubly_stochastic=False,
     exact_sums=("columns",),
@@ -389,6 +418,16 @@ def sinkhorn(planes, n, *, sinkhorn_rounds=20):
     to rounding: the mix sums over them. Columns are exact only in the limit of many rounds.
     """
     return in_rows(_Sinkhorn.apply(n, sinkhorn_rounds, *planes), n)
+
+
+def sinkhorn_stacked(logits, n, *, sinkhorn_rounds=20):
+    """The first round is taken in logarithms, where no row can underflow to 0."""
+    log_M = logits.unflatten(0, (n, n)).log_softmax(0)
+    M = log_M.softmax(1)
+    for _ in range(sinkhorn_rounds - 1):
+        M = M / M.sum(0).clamp(min=1e-30)
+        M = M / M.sum(1, keepdim=True).clamp(min=1e-30)
+    return M
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -464,6 +503,7 @@ def _sinkhorn_undo(g, M, n):
 MIXERS["sinkhorn"] = Mixer(
     n_logits=lambda n: n * n,
     map=sinkhorn,
+    map_stacked=sinkhorn_stacked,
     inverse=lambda M, n, sinkhorn_rounds=20: log_inverse(M, n),
     options={
         "sinkhorn_rounds": Option(
@@ -483,8 +523,6 @@ MIXERS["sinkhorn"] = Mixer(
 def permutation(planes, n):
     """sum_k softmax(logits)_k P_k over all n! permutations P_k in lexicographic order (mHC-lite,
     2601.05732)."""
-    if n > 4:  # 120 logits and more take a compiler too long in a straight line
-        return permutation_recursive(torch.stack(planes), n)
     weights = softmax(planes)
     shares = [[[] for _ in range(n)] for _ in range(n)]  # the weights that add up to each entry
     for weight, permuted in zip(weights, itertools.permutations(range(n))):
@@ -530,20 +568,10 @@ def n_permutations(n):
     return math.factorial(n)
 
 
-MIXERS["permutation"] = Mixer(
-    n_logits=n_permutations,
-    map=permutation,
-    inverse=permutation_inverse,
-    start=permutation_start,
-)
-
-
-def permutation_recursive(logits, n):
-    """`permutation`: logits (n!, ...) -> n rows of n planes."""
+def permutation_stacked(logits, n):
     # torch.softmax over 5040 strided logits is off by 4e-6 on a CPU; exp and sum are not.
     weights = (logits - logits.amax(0)).exp()
-    M = marginals(weights / weights.sum(0), n)
-    return [list(row.clamp(max=1).unbind(0)) for row in M]
+    return marginals(weights / weights.sum(0), n).clamp(max=1)
 
 
 def marginals(weights, n):
@@ -566,6 +594,15 @@ def marginals(weights, n):
     return torch.cat([weights.sum(1)[None], torch.stack(below, 1)])
 
 
+MIXERS["permutation"] = Mixer(
+    n_logits=n_permutations,
+    map=permutation,
+    map_stacked=permutation_stacked,
+    inverse=permutation_inverse,
+    start=permutation_start,
+)
+
+
 # ---- kronecker -----------------------------------------------------------------------------------
 
 
@@ -580,6 +617,15 @@ def kronecker(planes, n):
             M = U
         else:
             M = [[u * m for u in u_row for m in m_row] for u_row in U for m_row in M]
+    return M
+
+
+def kronecker_stacked(logits, n):
+    M = torch.ones_like(logits[:1])[None]  # (1, 1, ...)
+    for p in prime_factors(n):
+        own, logits = logits[: math.factorial(p)], logits[math.factorial(p) :]
+        U = permutation_stacked(own, p)
+        M = (U[:, None, :, None] * M[None, :, None]).flatten(2, 3).flatten(0, 1)
     return M
 
 
@@ -627,6 +673,7 @@ def prime_factors(n):
 MIXERS["kronecker"] = Mixer(
     n_logits=lambda n: sum(n_permutations(p) for p in prime_factors(n)),
     map=kronecker,
+    map_stacked=kronecker_stacked,
     inverse=kronecker_inverse,
     start=kronecker_start,
     starts_at_blend=False,
@@ -638,12 +685,14 @@ MIXERS["kronecker"] = Mixer(
 MIXERS["tbp"] = Mixer(
     n_logits=lambda n: (n - 1) ** 2,
     map=charts.tbp,
+    map_stacked=charts.tbp_stacked,
     inverse=lambda M, n: charts.inverse(charts.tbp_chart, M, n),
 )
 
 MIXERS["rtbp"] = Mixer(
     n_logits=lambda n: (n - 1) ** 2,
     map=charts.rtbp,
+    map_stacked=charts.rtbp_stacked,
     inverse=lambda M, n: charts.inverse(charts.rtbp_chart, M, n),
 )
 

@@ -7,7 +7,8 @@ layer on an H100's graph moved 2.62 times the bytes of the residual model's; now
 (LOG.md). streams.py puts the passes together.
 
 Throughout, x (B, T, n, C) are the streams. A *plane* (B, T) is one coefficient of all tokens, in
-float32; where coefficients do not depend on the token, a plane is (1, 1).
+float32; where coefficients do not depend on the token, a plane is (1, 1). Most of this file is for
+few streams, with a plane for each coefficient; the end is for many, with tensors that stack planes.
 """
 
 import torch
@@ -266,6 +267,60 @@ def sum_to_shape(shape, planes):
     if planes[0].shape == shape:
         return planes
     return torch.stack(planes).sum((-2, -1), keepdim=True).unbind(0)
+
+
+# ---- many streams: coefficients as tensors -------------------------------------------------------
+
+
+def stacked_logits(y, r, alpha, bias, sizes, squashed):
+    """As `Logits`, with a tensor (size, B, T) for each part."""
+    parts = zip((y * r).split(sizes), bias.split(sizes), alpha.unbind(0), squashed)
+    return [b[:, None, None] + a * (z.tanh() if squash else z) for z, b, a, squash in parts]
+
+
+class Combine(torch.autograd.Function):
+    """sum_j A_ij x_j (B, T, m, C) in float32, from A (B, T, m, n) in float32 and x (B, T, n, C).
+
+    One product for all m sums, and in the backward one for the gradient of A and one for that of x.
+    x is kept in its own dtype. The gradient must have come through a cast to that dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, A, x):
+        ctx.save_for_backward(A, x)
+        return product_float32(A, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        A, x = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return product_float32(grad, x.mT), product_float32(A.mT, grad).to(x.dtype)
+
+
+def combine(A, x):
+    """`Combine`, also for A (1, 1, m, n) of a static layer."""
+    return Combine.apply(A.expand(*x.shape[:2], -1, -1), x)
+
+
+def product_float32(a, b):
+    """a (B, T, m, n) @ b (B, T, n, C), summed and returned in float32 (float64 stays float64).
+
+    On a GPU, a product of half precision; a in float32 is then the sum of two terms of b's dtype,
+    so that a matrix whose sums are 1 keeps them to 2^-16.
+    """
+    with torch.autocast(b.device.type, enabled=False):
+        if not b.is_cuda or b.dtype not in (torch.bfloat16, torch.float16):
+            return at_least_float32(a) @ at_least_float32(b)
+        m, terms = a.shape[-2], a
+        if a.dtype != b.dtype:
+            high = a.to(b.dtype)
+            terms = torch.cat([high, (a - high).to(b.dtype)], -2)  # (B, T, 2m, n)
+        both = torch.bmm(terms.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        both = both.unflatten(0, b.shape[:2])
+        return both if a.dtype == b.dtype else both[..., :m, :] + both[..., m:, :]
+
+
+# ---- dtypes --------------------------------------------------------------------------------------
 
 
 def matmul_float32(a, b):

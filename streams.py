@@ -9,6 +9,7 @@ The residual state as n parallel streams, and everything that touches it.
 The passes over the streams themselves, forward and backward, are in passes.py.
 """
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mixers import check_options, find_mixer, n_logits, start_logits
+from mixers import (
+    FEW_STREAMS,
+    check_options,
+    find_mixer,
+    n_logits,
+    stacked_matrix,
+    start_logits,
+)
 from passes import (
     Logits,
     MixWriteReadAhead,
@@ -24,7 +32,9 @@ from passes import (
     ReadAndMix,
     Write,
     at_least_float32,
+    combine,
     mean_square,
+    stacked_logits,
 )
 
 
@@ -78,17 +88,22 @@ class Coefficients(nn.Module):
     """Logits in parts of `sizes`: bias + alpha * f(phi @ RMSNorm(x)) for each token, or, static,
     the bias alone.
 
-    squashed: for each part whether f is tanh; otherwise f is the identity. A subclass defines
-    `start_bias`, the bias at the start, and `coefficients_of`, what the logits mean, and calls
-    `reset_parameters` once it can answer.
+    squashed: for each part whether f is tanh; otherwise f is the identity. n_seen: the numbers of
+    a token that phi sees. A subclass defines `start_bias`, the bias at the start, and
+    `coefficients_of`, what the logits mean, and calls `reset_parameters` once it can answer.
+
+    Logits and coefficients are lists of planes, one a number, for up to FEW_STREAMS. Where there
+    are more, `stacked` is True, and a tensor with the planes in its first dimension stands for the
+    list.
     """
 
-    def __init__(self, sizes, squashed, n_streams, n_embd, dynamic):
+    def __init__(self, sizes, squashed, n_streams, n_seen, dynamic):
         super().__init__()
         self.sizes, self.squashed, self.dynamic = sizes, squashed, dynamic
+        self.stacked = n_streams > FEW_STREAMS
         self.bias = nn.Parameter(torch.empty(sum(sizes)))
         if dynamic:
-            self.phi = nn.Parameter(torch.empty(sum(sizes), n_streams * n_embd))  # (out, in)
+            self.phi = nn.Parameter(torch.empty(sum(sizes), n_seen))  # (out, in)
             self.alpha = nn.Parameter(torch.empty(len(sizes)))
 
     @torch.no_grad()
@@ -99,7 +114,7 @@ class Coefficients(nn.Module):
             self.alpha.fill_(0.01)
 
     def coefficients(self, streams):
-        """`coefficients_of` the logits: planes (B, T) in float32, or (1, 1) where static.
+        """`coefficients_of` each part's logits: planes (B, T) in float32, or (1, 1) where static.
 
         The backward computes the coefficients again from y and r, so that no number in between is
         kept. alpha and bias are passed in: under torch.func.functional_call the module's own may be
@@ -113,11 +128,17 @@ class Coefficients(nn.Module):
         return recompute(self.of_tokens, y, r, self.alpha, self.bias)
 
     def of_tokens(self, y, r, alpha, bias):
-        logits = Logits.apply(y, r, alpha, bias, self.sizes, self.squashed)
-        return self.coefficients_of(logits)
+        if self.stacked:
+            parts = stacked_logits(y, r, alpha, bias, self.sizes, self.squashed)
+        else:
+            parts = in_parts(Logits.apply(y, r, alpha, bias, self.sizes, self.squashed), self.sizes)
+        return self.coefficients_of(*parts)
 
     def of_layer(self, bias):
-        return self.coefficients_of(at_least_float32(bias)[None, None].unbind(-1))
+        planes = at_least_float32(bias)[:, None, None]  # (K, 1, 1)
+        if not self.stacked:
+            planes = planes.unbind(0)
+        return self.coefficients_of(*in_parts(planes, self.sizes))
 
 
 class HyperConnection(Coefficients):
@@ -183,8 +204,8 @@ class HyperConnection(Coefficients):
         n_scales = {"none": 0, "sublayer": 1, "stream": n_streams}[mix_scale]
         sizes = (n_streams, n_streams, K + n_scales)  # read, write, mix
         squashed = (gates == "free", gates == "free", squash_mix)
-        n_seen = n_streams if sees == "streams" else 1
-        super().__init__(sizes, squashed, n_seen, n_embd, dynamic)
+        n_seen = n_streams * n_embd if sees == "streams" else n_embd
+        super().__init__(sizes, squashed, n_streams, n_seen, dynamic)
 
         self.mixer, self.n_streams, self.options = mixer, n_streams, options
         self.read_ahead = sees == "input"
@@ -205,16 +226,19 @@ class HyperConnection(Coefficients):
         scale = torch.zeros(self.sizes[2] - len(mix))  # exp(0) = 1
         return torch.cat([read, write, mix, scale])
 
-    def coefficients_of(self, planes):
+    def coefficients_of(self, read, write, mix):
         """Planes of logits -> n planes of a, n of w, and n^2 of M row by row (none for M = I)."""
-        n, K = self.n_streams, self.n_mixer_logits
-        read, write, mix = planes[:n], planes[n : 2 * n], planes[2 * n :]
         if self.gates != "free":
-            read = [p.sigmoid() for p in read]
+            read = each(torch.sigmoid, read)
         if self.gates == "bounded":
-            write = [2 * p.sigmoid() for p in write]
+            write = each(twice_sigmoid, write)
         elif self.gates == "exp":
-            write = [p.exp() for p in write]
+            write = each(torch.exp, write)
+        n, K = self.n_streams, self.n_mixer_logits
+        if self.stacked:
+            M = stacked_matrix(self.mixer, mix[:K], n, **self.options)
+            M = scale_rows_stacked(M, mix[K:], n)
+            return read, write, [] if M is None else M.flatten(0, 1)
         M = find_mixer(self.mixer).map(mix[:K], n, **self.options)
         M = scale_rows(M, mix[K:], n)
         # A view of each: a mixer may return one plane for two entries, and Dynamo refuses what
@@ -223,8 +247,13 @@ class HyperConnection(Coefficients):
 
     def forward(self, streams, branch):
         """Streams -> Streams. branch: (B, T, C) -> (B, T, C)."""
+        coefficients = self.coefficients(self.seen(streams))
+        if self.stacked:
+            return self.by_tensors(streams, branch, *coefficients)
+        return self.by_planes(streams, branch, *coefficients)
+
+    def by_planes(self, streams, branch, read, write, mix):
         x, n = streams.x, self.n_streams
-        read, write, mix = self.coefficients(self.seen(streams))  # lists of planes
         planes = read + write + mix
         values = torch.stack(planes, -1)  # (B, T, 2n + n^2), or 2n for M = I; (1, 1, ...) if static
         a, w = values[..., :n], values[..., n : 2 * n]
@@ -242,6 +271,26 @@ class HyperConnection(Coefficients):
             new, square = Write.apply(mixed, branch(u), w, x.dtype, *write)
         return Streams(new, square if self.dynamic else None, ahead)
 
+    def by_tensors(self, streams, branch, read, write, mix):
+        x, u, n = streams.x, streams.ahead, self.n_streams
+        a = read.movedim(0, -1)[..., None, :]  # (B, T, 1, n), or (1, 1, 1, n) if static
+        w = write.movedim(0, -1)[..., None]  # (B, T, n, 1)
+        rows = [] if self.read_ahead else [a]
+        if len(mix):
+            rows.append(mix.movedim(0, -1).unflatten(-1, (n, n)))
+        sums = combine(torch.cat(rows, -2), x) if rows else None  # u, then the mixed streams
+        mixed = sums[..., -n:, :] if len(mix) else x
+        if not self.read_ahead:
+            u = sums[..., 0, :].to(x.dtype)
+
+        new = mixed + w * branch(u)[..., None, :]  # float32
+        if not self.read_ahead:
+            return Streams(new.to(x.dtype), mean_square(new) if self.dynamic else None)
+        new = new.to(x.dtype)
+        ahead = combine(a, new)  # (B, T, 1, C) in float32
+        square = mean_square(ahead) if self.dynamic else None
+        return Streams(new, square, ahead.squeeze(-2).to(x.dtype))
+
     def seen(self, streams):
         """What the coefficients depend on, as Streams: all streams, or u as a single one."""
         if self.read_ahead:
@@ -254,8 +303,10 @@ class HyperConnection(Coefficients):
         With sees="input", a is what the next sublayer reads."""
         (B, T, n, _), device = streams.x.shape, streams.x.device
         read, write, mix = self.coefficients(self.seen(streams))
-        a, w = (torch.stack(planes, -1).expand(B, T, n) for planes in (read, write))
-        M = torch.stack(mix, -1).unflatten(-1, (n, n)) if mix else torch.eye(n, device=device)
+        a, w = (torch.stack([*planes], -1).expand(B, T, n) for planes in (read, write))
+        M = torch.eye(n, device=device)
+        if len(mix):
+            M = torch.stack([*mix], -1).unflatten(-1, (n, n))
         return a, w, M.expand(B, T, n, n)
 
 
@@ -267,19 +318,38 @@ class ReadOut(Coefficients):
     """
 
     def __init__(self, n_streams, n_embd, *, dynamic=True):
-        super().__init__((n_streams,), (False,), n_streams, n_embd, dynamic)
+        super().__init__((n_streams,), (False,), n_streams, n_streams * n_embd, dynamic)
         self.reset_parameters()
 
     def start_bias(self):
         n = self.sizes[0]
         return torch.full((n,), 1 / n, dtype=torch.float64).logit()
 
-    def coefficients_of(self, planes):
-        return [plane.sigmoid() for plane in planes]
+    def coefficients_of(self, read):
+        return each(torch.sigmoid, read)
 
     def forward(self, streams):
-        read = self.coefficients(streams)
-        return ReadAndMix.apply(streams.x, torch.stack(read, -1), None, *read)
+        x, read = streams.x, self.coefficients(streams)
+        if self.stacked:
+            return combine(read.movedim(0, -1)[..., None, :], x).squeeze(-2).to(x.dtype)
+        return ReadAndMix.apply(x, torch.stack(read, -1), None, *read)
+
+
+def in_parts(planes, sizes):
+    """Planes, in a list or stacked, cut into parts of `sizes`."""
+    ends = itertools.accumulate(sizes)
+    return [planes[end - size : end] for end, size in zip(ends, sizes)]
+
+
+def each(function, planes):
+    """A pointwise function of every plane, in a list or stacked."""
+    if isinstance(planes, torch.Tensor):
+        return function(planes)
+    return [function(plane) for plane in planes]
+
+
+def twice_sigmoid(plane):
+    return 2 * plane.sigmoid()
 
 
 def scale_rows(M, logits, n):
@@ -291,6 +361,16 @@ def scale_rows(M, logits, n):
         zero = torch.zeros_like(scale[0])
         return [[scale[i % len(scale)] if i == j else zero for j in range(n)] for i in range(n)]
     return [[scale[i % len(scale)] * m for m in row] for i, row in enumerate(M)]
+
+
+def scale_rows_stacked(M, logits, n):
+    """`scale_rows` of M (n, n, ...), or None for the identity, by logits (0, 1 or n, ...)."""
+    if not len(logits):
+        return M
+    scale = logits.exp().expand(n, *logits.shape[1:])
+    if M is None:
+        return torch.eye(n, device=logits.device)[..., None, None] * scale[:, None]
+    return scale[:, None] * M
 
 
 def check_between_0_and_1(**values):

@@ -42,6 +42,12 @@ def peak_memory(step, kept, device):
     return sum(tensor.nbytes for tensor in kept) + max(itertools.accumulate(changes))
 
 
+def use_cache(folder):
+    """From now on the compiler keeps its files in `folder`."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
+
+
 def in_fresh_process(work, *arguments):
     """work(*arguments) of a process that has imported torch, and done nothing else with it."""
     if "forkserver" in multiprocessing.get_all_start_methods():
@@ -51,6 +57,17 @@ def in_fresh_process(work, *arguments):
         context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def measure_afresh(probe, case, cache, twice):
+    """What probe(case, cache) finds in a fresh process. twice: a second one, which finds in the
+    folder `cache` what the first compiled, tells `compile_warm_s` and the peak of memory."""
+    found = in_fresh_process(probe, case, cache)
+    if twice:
+        again = in_fresh_process(probe, case, cache)
+        found["compile_warm_s"] = again["compile_s"]
+        found["peak_memory_bytes"] = again["peak_memory_bytes"]
+    return found
 
 
 def compiling(loss, wait):

@@ -86,6 +86,7 @@ def test_compiled(bench, monkeypatch):
 def test_rows_for_each_number_of_streams_on_a_config_file_of_training(bench):
     """What is not defined for so many streams is left out aloud."""
     arguments = ["--compile=False", "--mixers=tbp,permutation", "--sweep_streams=2,8"]
+    arguments.append("--clock=processor")
     output, _, rows = bench("config/tbp.py", "config/laptop.py", *arguments)
     assert list(rows) == [
         *(("residual", 1), ("plain", 1), ("tbp", 2), ("permutation", 2), ("tbp", 8))
@@ -101,6 +102,10 @@ def test_rows_for_each_number_of_streams_on_a_config_file_of_training(bench):
         growth = [rows[mixer][field] for mixer in (("residual", 1), ("tbp", 2), ("tbp", 8))]
         assert growth == sorted(growth) and growth[0] < growth[1] < growth[2]
     assert rows["plain", 1]["params"] == rows["residual", 1]["params"]
+    # phi, alpha and bias: 2n + (n-1)^2 logits of n * 16 numbers in 3 parts
+    expected = {1: 0, 2: 5 * 2 * 16 + 5 + 3, 8: 65 * 8 * 16 + 65 + 3}
+    for (_, n), row in rows.items():
+        assert n == 2 and row["mixer"] == "permutation" or row["connection_params"] == expected[n]
 
 
 def test_a_new_mixer_needs_no_edit(bench, tmp_path):
@@ -138,6 +143,7 @@ def test_rows_for_budgets_and_both_kinds_of_algorithms(bench):
         ("--budgets=1,half", "such as 1.0,0.5,0.0, not '1,half'"),
         ("--sweep_streams=2,2.5", "sweep_streams must be numbers with commas between"),
         ("--activation_memory_budget=2", "lies between 0 and 1; these are [2.0]"),
+        ("--clock=sun", "clock must be wall, or on a CPU processor, not 'sun'"),
         ("--steps=0", "steps must be at least 1, not 0"),
         ("--batch_size=0", "batch_size must be at least 1, not 0"),
         ("--rounds=-1", "rounds must be at least 0, not -1"),

