@@ -2,13 +2,13 @@
 Transportation charts: (n-1)^2 logits -> every doubly stochastic n x n matrix, exactly (TBP and
 RTBP, 2605.21724). The mixers tbp and rtbp are these two.
 
-A chart walks over M and asks `choose(lo, hi, rows, cols)` for the mass of a block of M, which may
-lie anywhere between lo and hi. In the map, the next logit says where. In the inverse, M is known,
-and the logit that gives its mass is written down: on the interior of the polytope that logit exists
-and is unique. Every choice leaves a problem that has a solution, so nothing is ever projected or
-renormalised.
+The mass of a block of M is the sum of its entries. A chart walks over M and asks
+`choose(lo, hi, rows, cols)` for the mass of one block after another; any mass from lo to hi is
+possible. In the map, the next logit says which. In the inverse, M is known, and the logit that
+gives its mass is written down; where no entry of M is 0, that logit exists and is unique. Every
+choice leaves a problem that has a solution, so nothing is ever projected or renormalised.
 
-As in mixers.py, M is a list of n rows of n planes. Rows and columns of a block are ranges.
+As in mixers.py, M is a list of n rows of n planes. The rows and columns of a block are ranges.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import torch
 
 
 class Choose:
-    """The map: the next logit says where the mass lies. Which block it is does not matter."""
+    """The map: the next logit says where the mass lies, whichever block it is of."""
 
     def __init__(self, logits):
         self.logits = iter(logits)
@@ -28,7 +28,7 @@ class Choose:
 
 
 class Recall:
-    """The inverse: the mass is what M has, and the logit that gives it is written down."""
+    """The inverse: the mass is that of M's block, and the logit that gives it is written down."""
 
     def __init__(self, M):
         self.M, self.logits = M, []
@@ -41,7 +41,7 @@ class Recall:
 
 
 def inverse(chart, M, n):
-    """M (..., n, n) -> logits (..., (n-1)^2), not finite on the border of the polytope."""
+    """M (..., n, n) -> logits (..., (n-1)^2), not finite where an entry of M is 0."""
     recall = Recall(M)
     chart(recall, n, torch.ones_like(M[..., 0, 0]))
     return torch.stack(recall.logits, -1)
@@ -49,7 +49,8 @@ def inverse(chart, M, n):
 
 def point(lo, hi, logit):
     """The point of [lo, hi] at a logit: lo at -inf, hi at +inf."""
-    return torch.minimum(lo + (hi - lo) * logit.sigmoid(), hi)  # never above hi by rounding
+    # Rounding could give a sum above hi.
+    return torch.minimum(lo + (hi - lo) * logit.sigmoid(), hi)
 
 
 # ---- tbp -----------------------------------------------------------------------------------------
@@ -61,12 +62,12 @@ def tbp(planes, n):
 
 
 def tbp_chart(choose, n, one):
-    """With r and c what is left of row i and of column j:
+    """Entry by entry, row by row. r_i is what is left of row i, and c_j what is left of column j:
 
         lo = max(0, r_i - sum_{l>j} c_l)      hi = min(r_i, c_j)      M_ij in [lo, hi]
 
-    The source has a third lower bound, c_j - sum_{k>i} r_k. It is never above 0 here, since the
-    rows below are still whole.
+    The source has a third lower bound, c_j - sum_{k>i} r_k. It is never above 0 here, since each of
+    the rows below still has all of its mass, 1.
     """
     c, M = [one] * n, []
     for i in range(n - 1):
@@ -96,7 +97,10 @@ def rtbp_chart(choose, n, one):
 
 
 def transport(choose, rows, cols, r, c):
-    """The block rows x cols of M, whose rows sum to r and whose columns sum to c."""
+    """The block rows x cols of M, whose rows sum to r and whose columns sum to c.
+
+    A block of even size is cut into four blocks of half the size; one of odd size first loses its
+    last row and column."""
     n = len(rows)
     if n == 2:
         lo, hi = (r[0] - c[1]).relu(), torch.minimum(r[0], c[0])
@@ -113,7 +117,7 @@ def transport(choose, rows, cols, r, c):
     top, bottom, left, right = rows[:h], rows[h:], cols[:h], cols[h:]
     R1, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
     m11 = choose((R1 - C2).relu(), torch.minimum(R1, C1), top, left)
-    # a and g: row sums of the left blocks; u and s: column sums of the top left and top right.
+    # Row sums of the left blocks: a (top), g (bottom). Column sums of the top: u (left), s (right).
     a = spread(choose, m11, r[:h], top, left, by_rows=True)
     g = spread(choose, C1 - m11, r[h:], bottom, left, by_rows=True)
     u = spread(choose, m11, c[:h], top, left, by_rows=False)
@@ -139,8 +143,8 @@ def border(choose, rows, cols, r, c):
 
 
 def spread(choose, mass, capacity, rows, cols, by_rows):
-    """Share `mass` of the block rows x cols out over its rows, or over its columns, none of which
-    takes more than its capacity: a binary tree of choices."""
+    """Divide the mass of the block rows x cols among its rows (by_rows) or its columns, none of
+    which takes more than its capacity: a binary tree of choices between two halves."""
     if len(capacity) == 1:
         return [torch.minimum(mass, capacity[0])]
     h = len(capacity) // 2
@@ -154,8 +158,9 @@ def spread(choose, mass, capacity, rows, cols, by_rows):
     ]
 
 
-def remaining(margins, taken):
-    return [(margin - t).relu() for margin, t in zip(margins, taken)]
+def remaining(sums, taken):
+    """What is left of each sum; rounding does not take it below 0."""
+    return [(total - part).relu() for total, part in zip(sums, taken)]
 
 
 # ---- many streams: the same maps on tensors ------------------------------------------------------

@@ -7,13 +7,12 @@ keys and values whose size never changes, so that the step is compiled once.
     for new in generate(decoder, [[50256, 464], [50256]], 100, top_k=200):
         ...                                     # a token of each prompt
 
-A text depends on its prompt and its seed alone, but for rounding: what else is in the batch may
-change the last bits of the logits, and so a token where two are as good as equal. Beyond block_size
-the last half of the text becomes the new beginning.
+A text depends only on its prompt and its seed, except for rounding: other texts in the batch may
+change the last bits of its logits, and so, rarely, a token. When a text fills block_size, its last
+half becomes the new beginning.
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ class PrefillCache(NamedTuple):
 
     keys: torch.Tensor  # (B, H, S, C/H), of the decoder's B rows
     values: torch.Tensor
-    rows: list[int]  # those that are read
+    rows: list[int]  # the rows whose texts are read
 
     def attend(self, q, k, v):
         """q, k, v (rows, H, T, C/H) of positions 0 to T - 1 -> attention, of the same shape."""
@@ -69,9 +68,9 @@ class Decoder:
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         shape = (rows, config.n_head, self.length, config.n_embd // config.n_head)
         # Zeros, since attention multiplies what is not visible by 0, and 0 times NaN is NaN.
-        new_cache = partial(torch.zeros, shape, dtype=dtype, device=self.device)
-        self.keys = [new_cache() for _ in model.blocks]
-        self.values = [new_cache() for _ in model.blocks]
+        own = {"dtype": dtype, "device": self.device}
+        self.keys = [torch.zeros(shape, **own) for _ in model.blocks]
+        self.values = [torch.zeros(shape, **own) for _ in model.blocks]
         self.used = [0] * rows  # tokens of each row in the cache
 
         self.run_block, self.run_head = run_block, run_head
@@ -107,9 +106,9 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens, keeps_token):
-        """tokens (B,), one of each row -> the logits (B, V) of the one after it.
+        """tokens (B,), one of each row -> the logits (B, V) of the token after it.
 
-        keeps_token: whether each row keeps its token; otherwise the next step writes over it.
+        keeps_token (B): whether the row keeps its token; otherwise the next step writes over it.
         """
         positions = torch.tensor([min(used, self.length - 1) for used in self.used])
         positions = positions.to(self.device)
@@ -119,15 +118,15 @@ class Decoder:
             streams = self.model.embed(tokens[:, None], positions[:, None])
             x0 = streams.x
             for block, keys, values in zip(self.model.blocks, self.keys, self.values):
-                layer = DecodeCache(keys, values, rows, positions, visible[:, None, None])
-                streams = self.run_block(block, streams, x0, layer)
+                cache = DecodeCache(keys, values, rows, positions, visible[:, None, None])
+                streams = self.run_block(block, streams, x0, cache)
             logits = self.run_head(self.model, streams)
         for row, keeps in enumerate(keeps_token):
             self.used[row] += keeps
         return logits
 
     def blank_logits(self):
-        """Zeros for the logits (B, V) of all rows."""
+        """Zeros (B, V), to be filled with the logits of some rows."""
         vocab_size = self.model.config.vocab_size
         return torch.zeros(self.rows, vocab_size, dtype=self.dtype, device=self.device)
 
@@ -137,12 +136,12 @@ def cache_length(length, block_size):
     return min(math.ceil(length / 128) * 128, block_size)
 
 
-# Functions of their own, and not the methods that they call: a training run may have compiled those
-# in place, for other shapes.
+# A Decoder compiles these functions and not the modules: a training run may have compiled the
+# modules in place, for other shapes. For the same reason they call `forward`.
 
 
-def run_block(block, streams, x0, layer):
-    return block.forward(streams, x0, layer)
+def run_block(block, streams, x0, cache):
+    return block.forward(streams, x0, cache)
 
 
 def run_head(model, streams):
@@ -166,10 +165,10 @@ def generate(
 
     Yields a list at a time: the next token of each prompt, or None for one that has ended.
 
-    n_vocab    leaves out the padding of the vocabulary
-    seeds      one a prompt; by default 0, 1, ...
+    n_vocab    only tokens below it; the others pad the vocabulary
+    seeds      one for each prompt; by default 0, 1, ...
     stop       the token that ends a text; it is still yielded
-    The rest is sample_token's.
+    temperature, top_k, top_p: see sample_token.
 
     ValueError for no prompt, an empty one, more text than the decoder has room for, or logits that
     are not finite.
@@ -204,10 +203,10 @@ def generate(
 
 
 def next_logits(decoder, tokens, texts, running):
-    """tokens (B,), the newest of each row -> the logits (B, V) of the one after it.
+    """tokens (B,), the newest of each row -> the logits (B, V) of the token after it.
 
-    texts      of each prompt, its newest token included
-    running    (B) whether each row goes on; the logits of the others mean nothing
+    texts      each prompt with all its new tokens, the newest included
+    running    (B) whether the row goes on; the logits of the other rows mean nothing
 
     A row that has filled its block begins anew with the last half of its text.
     """
@@ -222,7 +221,7 @@ def next_logits(decoder, tokens, texts, running):
 
 
 def check_room(decoder, prompts, max_new_tokens):
-    """ValueError unless the decoder can continue these prompts so far."""
+    """ValueError unless the decoder has room for the prompts and max_new_tokens more of each."""
     if not prompts:
         raise ValueError("there is no prompt to continue; give at least one")
     lengths = [len(prompt) for prompt in prompts]
@@ -231,21 +230,21 @@ def check_room(decoder, prompts, max_new_tokens):
     if not all(lengths):
         raise ValueError(f"prompt {lengths.index(0)} has no token; the model needs one to begin")
     needed = max(lengths) + max_new_tokens
-    # A cache of a whole block holds any text: what comes beyond begins anew.
-    moves_on = decoder.length == decoder.model.config.block_size
-    if needed > decoder.length and not moves_on:
+    # Beyond block_size a row begins anew, so a cache of that length has room for any text.
+    whole_block = decoder.length == decoder.model.config.block_size
+    if needed > decoder.length and not whole_block:
         raise ValueError(f"{needed} tokens are more than the decoder's length {decoder.length}")
 
 
 def uniforms(seeds, rows, count, device):
-    """Uniform numbers from [0, 1) for `count` tokens of each row, (count, rows) in float64 (on mps,
-    which has none, in float32). A row's own depend on its seed alone."""
+    """Uniform numbers from [0, 1) for `count` tokens of each row, (count, rows) in float64, or in
+    float32 on mps, which has no float64. The numbers of a row depend only on its seed."""
     numbers = torch.zeros(count, rows, dtype=torch.float64)
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         numbers[:, row] = torch.rand(count, generator=generator, dtype=torch.float64)
     if device.type == "mps":
-        # What rounding takes to 1 would lie outside.
+        # Rounding may give 1, which is not in [0, 1).
         numbers = numbers.float().clamp(max=1 - 2**-24)
     return numbers.to(device)
 
@@ -261,7 +260,7 @@ def sample_token(logits, numbers, temperature=1.0, top_k=None, top_p=None):
         return logits.argmax(-1)
     k = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     highest, tokens = logits.float().topk(k)
-    # From the highest on: even a tiny temperature then leaves it at 0, and not at infinity.
+    # Minus the highest first: then even a tiny temperature leaves it at 0, and not at infinity.
     probabilities = ((highest - highest[:, :1]) / temperature).softmax(-1)
     ends = probabilities.to(numbers.dtype).cumsum(-1)  # (B, k), where each token's interval ends
     last = torch.full_like(tokens[:, :1], k - 1)  # of those that are kept
@@ -272,8 +271,8 @@ def sample_token(logits, numbers, temperature=1.0, top_k=None, top_p=None):
 
 
 def cast_weights(model, dtype):
-    """The weights of linear layers and of the token embedding in `dtype`, in place: what autocast
-    would otherwise do again for every token. Norms and coefficients stay in float32."""
+    """Cast the weights of linear layers and of the token embedding to `dtype`, in place; otherwise
+    autocast would cast them again for every token. Norms and coefficients stay in float32."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)

@@ -54,16 +54,17 @@ class Mixer:
     start(n, eps)              -> logits (K,) at which training starts. None: the logits of
                                   (1 - eps) I + (eps / n) 11^T, by the inverse.
     map_stacked(logits, n, **options)  -> M (n, n, ...), from logits (K, ...), for more than
-                                  FEW_STREAMS. None: `map`, which compiles slowly then.
-    options                    what the maps and `inverse` take beside that, by name.
+                                  FEW_STREAMS. None: `map`, which then compiles slowly.
+    options                    {name: Option} of the arguments **options.
 
-    The rest are promises, to which the tests hold a mixer:
+    The other fields are promises, and the tests check them:
     doubly_stochastic    M is doubly stochastic, exactly or in the limit of many rounds
-    exact_sums           the sums of M that are 1 to rounding, at any logits: rows, columns, both
+    exact_sums           which sums of M are 1 to rounding, at any logits: rows, columns, or both
     nonnegative          no entry of M is ever below 0
-    starts_at_blend      the start is the matrix above; otherwise only its rows sum to 1
-    bounded              the map bounds M. Where it does not, HyperConnection bounds by tanh what a
-                         token adds to M.
+    starts_at_blend      training starts at the matrix above. If False, the rows of the matrix at
+                         the start sum to 1, and no more is promised.
+    bounded              the map bounds the entries of M. If False, HyperConnection puts what a
+                         token adds to M through tanh.
     one_stream           the plain residual stream: there is nothing to mix
     """
 
@@ -129,9 +130,9 @@ def check_options(name, options):
 
 
 def options_of(name, knobs):
-    """Of `knobs` {name: value}, which hold every option of OPTIONS, those that mixer `name` takes.
+    """The options that mixer `name` takes, from `knobs` {name: value}, which has all of OPTIONS.
 
-    ValueError where another option is not at its default: it would have no effect.
+    ValueError where an option of another mixer is not at its default: it would have no effect.
     """
     own = find_mixer(name).options
     for key, option in OPTIONS.items():
@@ -144,8 +145,8 @@ def mixing_matrix(name, logits, n_streams, **options):
     """The mixing matrix of mixer `name`.
 
     logits (..., K) -> M (..., n, n), computed in float32 (float64 stays float64).
-    options: the mixer's own, see its entry in MIXERS.
-    ValueError for an unknown name or option, an n where the mixer is not defined, or a wrong
+    options: those of the mixer's entry in MIXERS.
+    ValueError for an unknown name or option, an n for which the mixer is not defined, or a wrong
     number of logits.
     """
     K = n_logits(name, n_streams)
@@ -172,8 +173,8 @@ def stacked_matrix(name, logits, n, **options):
     return torch.stack([torch.stack(row) for row in rows]) if rows else None
 
 
-# mixing_logits takes a matrix for doubly stochastic within this: float32 rounding passes, what 20
-# rounds of Sinkhorn leave does not.
+# How far the sums of a matrix may be from 1 in mixing_logits. An error of float32 rounding passes;
+# the error that 20 rounds of Sinkhorn leave does not.
 DS_TOLERANCE = 1e-4
 
 
@@ -205,7 +206,7 @@ def mixing_logits(name, matrix, **options):
 
 
 def refuse_other_sums(mixer, M):
-    """ValueError for M (..., n, n) with sums or signs that the mixer never gives. A NaN is one."""
+    """ValueError for M (..., n, n) with sums or signs that the mixer never gives, or with a NaN."""
     if mixer.doubly_stochastic:
         error = ds_error(M).max()
         if not error <= DS_TOLERANCE:
@@ -231,11 +232,12 @@ def ds_error(M):
 
 
 def composite_gain(matrices):
-    """How much a signal can grow on its way through all of `matrices`, a list of (n, n), or back.
+    """How much a signal can grow on its way through `matrices`, a list of (n, n) in order of depth,
+    or a gradient on its way back.
 
     The largest absolute row or column sum of any product M_L ... M_l with l <= L (the Amax gain of
-    2512.24880): row sums bound a signal on its way forward, column sums a gradient. The product of
-    no matrices, I, counts as well, so the gain is never below 1.
+    2512.24880): row sums bound the signal, column sums bound the gradient. The empty product, I,
+    counts as well, so the gain is never below 1.
     """
     largest = torch.ones((), dtype=torch.float64)
     products = None  # (number of products that end at this matrix, n, n)
@@ -274,7 +276,7 @@ def identity(planes, n):
 def identity_inverse(M, n):
     error = (M - torch.eye(n).to(M)).abs().max()
     if error > 1e-5:
-        raise ValueError(f"M is off by {error:.3g} from I, all that a mixer without logits reaches")
+        raise ValueError(f"M is off by {error:.3g} from I, and the mixer has no other matrix")
     return M.new_zeros(*M.shape[:-2], 0)
 
 
@@ -326,7 +328,7 @@ def in_rows(planes, n):
 
 
 # ---- rows, columns, orthogonal: half of the constraint, or another one ---------------------------
-# Controls for the question what double stochasticity costs, and what it buys.
+# Controls for the question of what double stochasticity costs, and what it buys.
 
 
 def row_softmax(planes, n):
@@ -352,10 +354,12 @@ def log_inverse(M, n):
 
 
 def orthogonal(planes, n):
-    """A product of rotations, one for each pair i < j, by the angle that is its logit.
+    """A product of rotations, one for each pair of streams i < j; a logit is the angle of one.
 
-    M is orthogonal, with signs: no signal grows or shrinks, but no row or column sum is kept."""
-    M = [[torch.ones_like(planes[0]) * (i == j) for j in range(n)] for i in range(n)]
+    M is orthogonal, and its entries have signs: no signal grows or shrinks, but the sums of rows
+    and columns are free."""
+    one, zero = torch.ones_like(planes[0]), torch.zeros_like(planes[0])
+    M = [[one if i == j else zero for j in range(n)] for i in range(n)]
     for angle, (i, j) in zip(planes, itertools.combinations(range(n), 2)):
         cos, sin = angle.cos(), angle.sin()
         upper = [cos * a - sin * b for a, b in zip(M[i], M[j])]
@@ -392,7 +396,7 @@ MIXERS["orthogonal"] = Mixer(
 
 
 def softmax(planes):
-    """Of planes that lie side by side in one row."""
+    """Softmax over a list of planes -> a list of planes."""
     highest = reduce(torch.maximum, planes)
     weights = [(plane - highest).exp() for plane in planes]
     total = sum(weights).clamp(min=1e-30)
@@ -414,8 +418,8 @@ def transpose_planes(planes, n):
 def sinkhorn(planes, n, *, sinkhorn_rounds=20):
     """Sinkhorn-Knopp of exp(logits) (mHC, 2512.24880, eq. 9).
 
-    A round divides every column by its sum, then every row. Rows come last, so that they are exact
-    to rounding: the mix sums over them. Columns are exact only in the limit of many rounds.
+    A round divides every column by its sum, then every row. Rows come last, so their sums are 1 to
+    rounding: the mix sums over rows. Column sums are 1 only in the limit of many rounds.
     """
     return in_rows(_Sinkhorn.apply(n, sinkhorn_rounds, *planes), n)
 
@@ -431,15 +435,17 @@ def sinkhorn_stacked(logits, n, *, sinkhorn_rounds=20):
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Sinkhorn with a backward written by hand. With autograd's, a layer of the model took 195
-    launches on an H100's graph; with this one and larger kernels it takes 73 (LOG.md).
+    """Sinkhorn with a backward written by hand. With autograd's backward, a layer of the model took
+    195 launches in the graph for an H100; with this one and larger kernels it takes 73 (LOG.md).
 
-    A half round divides each line by its sum. With g the gradient of log M after the half round,
-    the gradient before it is g - M * sum(g), line by line, with M after it. The backward runs the
-    rounds again and keeps only the divisors. Then it undoes one half round after the other,
-    multiplying M by the divisors. The divisors are stacked, so that Inductor stores them and splits
-    the work into two kernels: one kernel for the way there and back would hold hundreds of planes
-    and spill a GPU's registers.
+    A half round divides each line by its sum. Let M be the matrix after the half round, and g the
+    gradient of log M there. Then the gradient before the half round is g - M * sum(g), line by
+    line. The backward runs the rounds again and keeps only the divisors. Then it undoes one half
+    round after the other: it multiplies M by the divisors.
+
+    The divisors are stacked, so that Inductor stores them and makes two kernels, one that runs the
+    rounds and one that undoes them. A single kernel would hold hundreds of planes and spill a
+    GPU's registers.
     """
 
     @staticmethod
@@ -450,14 +456,14 @@ class _Sinkhorn(torch.autograd.Function):
         return tuple(M)
 
     @staticmethod
-    def backward(ctx, *g):
+    def backward(ctx, *grad_M):
         n = ctx.n
         M, divisors = _sinkhorn_rounds(ctx.saved_tensors, n, ctx.rounds)
-        stored = torch.stack([*divisors, *g]).unbind(0)
-        divisors, g = stored[: -n * n], stored[-n * n :]
-        g = [g_ * m for g_, m in zip(g, M)]  # from here on the gradient of log M
+        stored = torch.stack([*divisors, *grad_M]).unbind(0)
+        divisors, grad_M = stored[: -n * n], stored[-n * n :]
+        g = [grad * m for grad, m in zip(grad_M, M)]  # the gradient of log M
         g = _sinkhorn_undo(g, M, n)
-        for first in range(len(divisors) - n, -1, -n):
+        for first in range(len(divisors) - n, -1, -n):  # of the n divisors of a half round
             M = [m * divisors[first + k // n] for k, m in enumerate(M)]
             M = transpose_planes(M, n)
             g = _sinkhorn_undo(transpose_planes(g, n), M, n)
@@ -465,8 +471,8 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 def _sinkhorn_rounds(logits, n, rounds):
-    """-> M after all rounds, as n^2 planes row by row, and the divisors of every half round but the
-    first, n of them each. Lines are columns in the first half round, rows in the second, and so on.
+    """-> M after all rounds, as n^2 planes row by row, and the divisors, n for each half round
+    except the first. A line is a column in the first half round, a row in the second, and so on.
 
     The first round is taken in logarithms, where no row can underflow to 0.
     """
@@ -489,15 +495,15 @@ def _sinkhorn_rounds(logits, n, rounds):
 
 
 def _sinkhorn_divide(M, n):
-    """Every line of n planes by its sum -> the new planes, the n sums."""
+    """Divide every line of n planes by its sum -> the new planes, the n sums."""
     sums = [sum(line).clamp(min=1e-30) for line in in_rows(M, n)]
     return [m / sums[k // n] for k, m in enumerate(M)], sums
 
 
 def _sinkhorn_undo(g, M, n):
-    """The gradient of log M after a half round -> that before it."""
+    """The gradient of log M after a half round -> the one before it."""
     sums = [sum(line) for line in in_rows(g, n)]
-    return [g_ - m * sums[k // n] for k, (g_, m) in enumerate(zip(g, M))]
+    return [grad - m * sums[k // n] for k, (grad, m) in enumerate(zip(g, M))]
 
 
 MIXERS["sinkhorn"] = Mixer(
@@ -532,8 +538,8 @@ def permutation(planes, n):
 
 
 def permutation_inverse(M, n):
-    """Birkhoff's theorem, greedily: as much of the uniform matrix as M holds, then again and again
-    the permutation of which most is left."""
+    """Birkhoff's theorem, greedily: first as much of the uniform matrix as M holds, then, until
+    nothing is left, the permutation of which the rest of M holds most."""
     permutations = torch.tensor(list(itertools.permutations(range(n))))  # (n!, n)
     line = torch.arange(n)
     logits = []
@@ -553,7 +559,7 @@ def permutation_inverse(M, n):
 
 
 def permutation_start(n, eps):
-    """The identity, the first permutation, has 1 - eps; all share the rest."""
+    """The identity, which is the first permutation, gets 1 - eps; all permutations share eps."""
     weights = torch.full((math.factorial(n),), eps / math.factorial(n), dtype=torch.float64)
     weights[0] += 1 - eps
     return weights.log()
@@ -577,20 +583,20 @@ def permutation_stacked(logits, n):
 def marginals(weights, n):
     """sum_k weights_k P_k: (n!, ...) -> (n, n, ...).
 
-    Lexicographic order starts with the (n-1)! permutations whose first row has its one in column 0,
-    then column 1, and so on. What is left of each, without row 0 and that column, is a smaller sum
-    of the same kind.
+    In lexicographic order, the first (n-1)! permutations have the 1 of row 0 in column 0, the next
+    (n-1)! have it in column 1, and so on. Without row 0 and that column, each of these groups is a
+    smaller sum of the same kind.
     """
     if n == 1:
         return weights[None]
     weights = weights.unflatten(0, (n, -1))  # (n, (n-1)!, ...)
-    # Of the last n, index j is the smaller sum without column j.
+    # smaller[:, :, k] is the sum whose permutations have the 1 of row 0 in column k.
     smaller = marginals(weights.transpose(0, 1), n - 1)  # (n-1, n-1, n, ...)
-    below = []  # row by row: for j = 0 `before` sums nothing, for j = n - 1 `after` does
+    below = []  # column j of the rows below row 0
     for j in range(n):
-        before = smaller[:, j - 1, :j].sum(1)  # without an earlier column, j moves to j - 1
-        after = smaller[:, min(j, n - 2), j + 1 :].sum(1)
-        below.append(before + after)
+        before = smaller[:, j - 1, :j].sum(1)  # k < j: column j is column j - 1 there
+        after = smaller[:, min(j, n - 2), j + 1 :].sum(1)  # k > j: column j is column j
+        below.append(before + after)  # for j = 0 `before` is an empty sum, for n - 1 `after` is
     return torch.cat([weights.sum(1)[None], torch.stack(below, 1)])
 
 
@@ -630,8 +636,8 @@ def kronecker_stacked(logits, n):
 
 
 def kronecker_inverse(M, n):
-    """Summing M over the indices of all other factors leaves a multiple of this factor, since the
-    others are doubly stochastic."""
+    """The sum of M over the indices of all other factors is a multiple of one factor, since the
+    other factors are doubly stochastic."""
     rest, size, logits = M, n, []
     product = torch.ones_like(M[..., :1, :1])
     for p in prime_factors(n):
@@ -645,14 +651,14 @@ def kronecker_inverse(M, n):
     if error > 1e-5:
         raise ValueError(
             f"M is no Kronecker product of {prime_factors(n)} (off by {error:.3g}): kronecker "
-            "reaches only part of the polytope; tbp and rtbp reach all of it"
+            "does not reach every doubly stochastic matrix; tbp and rtbp do"
         )
     return torch.cat(logits, -1)
 
 
 def kronecker_start(n, eps):
-    """The blend is no Kronecker product. The start is the product of smaller blends, one a prime,
-    which has the blend's diagonal; their eps is found by bisection."""
+    """The blend is no Kronecker product. The start is the product of smaller blends, one for each
+    prime. Their common eps, found by bisection, gives the product the diagonal of the blend."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -66,12 +66,12 @@ class GPTConfig:
         if not self.embed_scale > 0:
             raise ValueError(f"embed_scale must be above 0, not {self.embed_scale}")
         if self.n_mlp < 0:
-            raise ValueError(f"n_mlp must not be negative, as {self.n_mlp} is; 0 is 4 * n_embd")
+            raise ValueError(f"n_mlp must be at least 0, not {self.n_mlp}; 0 means 4 * n_embd")
         if self.n_embd % self.n_head:
             nearest = self.n_embd // self.n_head * self.n_head or self.n_head
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "
-                f"nearest that is: {nearest}"
+                f"the nearest number that is: {nearest}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
@@ -93,8 +93,8 @@ class GPTConfig:
             raise ValueError(f"x0_scalars are for the residual mixer, not for {self.mixer}")
 
     def refuse_knobs_of_streams(self):
-        """ValueError for what says how several streams are handled, where there is one."""
-        alone = {
+        """ValueError where a knob that means nothing for one stream is not at its default."""
+        defaults = {
             "gates": "auto",
             "sees": "streams",
             "wraps": "sublayer",
@@ -102,7 +102,7 @@ class GPTConfig:
             "stream_start": "equal",
             "readout": "mean",
         }
-        for name, value in alone.items():
+        for name, value in defaults.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{self.mixer} has one stream, so {name} must be {value!r}, "
@@ -271,7 +271,7 @@ class Head(nn.Module):
 
 
 class Observed(NamedTuple):
-    """What one sublayer did to some tokens."""
+    """What one hyper-connection did to each token."""
 
     name: str  # "blocks.3.hc_mlp"
     x: torch.Tensor  # (B, T, n, C), the streams before it
@@ -326,7 +326,7 @@ class GPT(nn.Module):
 
         The embedding stays eager: its backward adds up rows of the same token, and compiled code
         adds them in no fixed order. activation_memory_budget: the share of what the backward needs
-        that is kept; the rest is computed again. This setting of torch is one of the whole process.
+        that is kept; the rest is computed again. torch has one such setting for the whole process.
         """
         torch._functorch.config.activation_memory_budget = activation_memory_budget
         options = compiler_options()
@@ -363,13 +363,14 @@ class GPT(nn.Module):
             raise RuntimeError(f"init_parameters does not know how to start {missed}")
 
     def parameter_groups(self, weight_decay, connection_lr=1.0, decay_phi=True):
-        """Optimizer groups by role, the same rule for every mixer. Matrices and embeddings decay,
-        phi among them if decay_phi. What shifts or scales does not: norms, biases, the alphas, the
-        vectors that the streams start with, x0_scalars.
+        """Optimizer groups by role, the same rule for every mixer.
 
-        "lr_factor" of a group is connection_lr for phi, alpha and bias of the hyper-connections
-        and of a learned read-out, and 1 for all else. ValueError where the model has none of these
-        and one of the two arguments says how to treat them.
+        Matrices and embeddings decay, and phi if decay_phi. Parameters that shift or scale do not:
+        norms, biases, the alphas, the offsets of the streams, x0_scalars.
+
+        The "lr_factor" of a group is connection_lr for phi, alpha and bias of the hyper-connections
+        and of a learned read-out, and 1 for all others. ValueError where the model has no such
+        parameters and an argument is about them; RuntimeError for a parameter of unknown role.
         """
         has_connections = any(isinstance(module, Coefficients) for module in self.modules())
         if not has_connections and (connection_lr != 1 or not decay_phi):
@@ -377,8 +378,8 @@ class GPT(nn.Module):
                 f"connection_lr = {connection_lr} and decay_phi = {decay_phi} are for "
                 f"hyper-connections, and {self.config.mixer} has none; leave them at 1 and True"
             )
-        decays = {(nn.Linear, "weight"), (nn.Embedding, "weight")}
-        keeps = {
+        with_decay = {(nn.Linear, "weight"), (nn.Embedding, "weight")}
+        without = {
             (nn.Linear, "bias"),
             (nn.LayerNorm, "weight"),
             (nn.LayerNorm, "bias"),
@@ -387,25 +388,29 @@ class GPT(nn.Module):
             (Embedding, "offsets"),
             (Block, "x0_scalars"),
         }
-        (decays if decay_phi else keeps).add((Coefficients, "phi"))
+        if decay_phi:
+            with_decay.add((Coefficients, "phi"))
+        else:
+            without.add((Coefficients, "phi"))
 
         groups = {}  # (whether it decays, lr_factor): parameters
         for module_name, module in self.named_modules():
             kind = Coefficients if isinstance(module, Coefficients) else type(module)
             factor = connection_lr if kind is Coefficients else 1.0
             for name, parameter in module.named_parameters(recurse=False):
-                if (kind, name) not in decays | keeps:
+                if (kind, name) not in with_decay | without:
                     raise RuntimeError(
                         f"parameter_groups does not know the role of {module_name}.{name}"
                     )
-                groups.setdefault(((kind, name) in decays, factor), []).append(parameter)
+                decays = (kind, name) in with_decay
+                groups.setdefault((decays, factor), []).append(parameter)
         return [
             {
-                "params": groups[decay, factor],
-                "weight_decay": weight_decay if decay else 0.0,
+                "params": groups[decays, factor],
+                "weight_decay": weight_decay if decays else 0.0,
                 "lr_factor": factor,
             }
-            for decay, factor in sorted(groups, reverse=True)
+            for decays, factor in sorted(groups, reverse=True)
         ]
 
     def parameter_counts(self):
@@ -425,9 +430,10 @@ class GPT(nn.Module):
         """Floating-point operations of a training step, forward and backward, per token of a
         sequence of block_size.
 
-        6 for each weight that multiplies, phi's among them (PaLM, appendix B), and 12 L C T for
-        attention. For a hyper-connection 3 times its forward's 2nC for the read, 2nC for the write,
-        and 2 n^2 C for the mix unless M = I; for a learned read-out 3 times 2nC.
+        6 for each weight of a matrix product, phi's among them (PaLM, appendix B), and 12 L C T for
+        attention. A forward through a hyper-connection costs 2nC for the read, 2nC for the write,
+        and 2 n^2 C for the mix unless M = I; through a learned read-out, 2nC. Forward and backward
+        cost three times that.
         """
         c, n = self.config, self.config.n_streams
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
