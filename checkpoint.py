@@ -1,6 +1,6 @@
 """
-A run's files in its out_dir: checkpoints that are whole or absent, the metrics, a lock for one
-writer, and every question about a checkpoint: where to start, whether it is the same run.
+A run's files in its out_dir: checkpoints, each whole or absent, the metrics, and a lock that lets
+one run write. Also the questions about a checkpoint: where to start, and is it the same run?
 
     ckpt_0000500.pt    the newest few checkpoints, by step
     best.pt            the one with the lowest validation loss
@@ -34,22 +34,25 @@ KEYS = {
     *("tokenizer", "n_vocab", "shards"),
     *("step", "best_val", "evaluated", "logged_step", "tally", "scaler"),  # train.py's `progress`
 }
-# A resumed run must keep these, and model_config. The last two sort parameters into groups of the
-# optimizer.
+# A resumed run must keep these, and model_config. The last two decide which parameters are in which
+# group of the optimizer.
 FIXED = ("seed", "dataset", "total_batch_tokens", "connection_lr", "decay_phi")
-# These change where a run lies, how it starts and who hears of it, but not the run.
-NO_CHANGE = ("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes", "tensorboard")
-NO_CHANGE += ("wandb_project",)
+# Knobs that say where a run's files are, how it starts and who is told of it, and not what it
+# computes. A resumed run may change them without a word.
+NO_CHANGE = {
+    *("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes"),
+    *("tensorboard", "wandb_project"),
+}
 
 
 # ---- writing -------------------------------------------------------------------------------------
 
 
 def save(out_dir, state, *, keep, best):
-    """Write `state` as the checkpoint of state["step"] and keep the newest `keep`.
+    """Write `state` as the checkpoint of state["step"], and delete all but the newest `keep`.
 
-    With `best` the same checkpoint becomes best.pt. Raises RunError when the disk is full or not
-    writable; the checkpoints there are as they were.
+    With `best` the same checkpoint becomes best.pt as well. Raises RunError when the disk is full
+    or not writable; the checkpoints there are then unchanged.
     """
     path = Path(out_dir) / f"ckpt_{state['step']:07d}.pt"
     temporary, second = path.with_suffix(".tmp"), Path(out_dir) / "best.tmp"
@@ -82,7 +85,7 @@ def save(out_dir, state, *, keep, best):
 
 
 def _link_or_copy(path, second):
-    """A second name for the same bytes, which outlives the first; a copy without hard links."""
+    """Give the file a second name, which outlives the first; a copy where there are no links."""
     try:
         os.link(path, second)
     except OSError:
@@ -104,10 +107,10 @@ def _sync_folder(folder):
 
 
 def lock(out_dir):
-    """Make out_dir, hold it for this process, and remove what a killed one had half written there.
+    """Make out_dir, lock it for this process, and remove files that a killed run half wrote there.
 
-    Returns a file to keep: the lock ends when it is closed. Raises RunError if another run writes
-    there. Where files cannot be locked, a warning says so.
+    Returns a file to keep: closing it ends the lock. Raises RunError if another run writes there.
+    Where files cannot be locked, a warning says so.
     """
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -172,9 +175,9 @@ def latest(out_dir):
 
 
 def load(path):
-    """-> the state that `save` wrote, on the CPU, or one of an older layout brought to today's.
+    """-> the state that `save` wrote, on the CPU. One of an older layout is brought to today's.
 
-    Raises RunError for what is missing, damaged or no checkpoint.
+    Raises RunError for a file that is missing, damaged or no checkpoint.
     """
     if not Path(path).exists():
         raise RunError(
@@ -245,16 +248,17 @@ def model_config(path, state, config_class):
 def restore(path, state, model, optimizer=None):
     """Put the weights of a loaded state into model, and its moments into optimizer.
 
-    The optimizer keeps its own settings, such as the weight decay, and only the learning rate is
-    the state's. Raises RunError where the weights do not fit.
+    The optimizer keeps its own settings, such as the weight decay; only the learning rate comes
+    from the state. Raises RunError where the weights do not fit.
     """
     try:
         model.load_state_dict(state["model"])
         if optimizer is not None:
-            own = [dict(group) for group in optimizer.param_groups]
+            before = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"])
-            for group, settings in zip(optimizer.param_groups, own):
-                group |= {key: settings[key] for key in settings if key not in ("params", "lr")}
+            for group, own in zip(optimizer.param_groups, before):
+                own["params"], own["lr"] = group["params"], group["lr"]
+                group.update(own)
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(
             f"{path}: its weights are not those of this model.py. {_how_to_get_it(state)}, or "
@@ -263,8 +267,9 @@ def restore(path, state, model, optimizer=None):
 
 
 def _how_to_get_it(state):
+    remedy = "Check out the commit that wrote it"
     commit = state["provenance"]["commit"]
-    return f"Check out the commit that wrote it{f': git checkout {commit}' if commit else ''}"
+    return f"{remedy}: git checkout {commit}" if commit else remedy
 
 
 # ---- is it the same run? -------------------------------------------------------------------------
@@ -302,10 +307,11 @@ def starting_point(out_dir, init_from):
 
 
 def resume_arguments(argv, out_dir):
-    """The command line `argv`, with the knobs of the run's config.json before it when it asks to
-    resume the run and has no config file: the knobs that it does not name are the run's.
+    """The command line `argv`. Where it resumes a run and names no config file, the knobs of the
+    run's config.json stand before it, so that knobs which it does not name are the run's own.
 
-    out_dir is that of a command line that names none. Raises SystemExit for a damaged file.
+    out_dir: the default, for a command line that does not name it. Raises SystemExit for a damaged
+    config.json.
     """
     named = dict(item[2:].split("=", 1) for item in argv if item.startswith("--") and "=" in item)
     path = Path(named.get("out_dir", out_dir)) / "config.json"
@@ -325,7 +331,7 @@ def resume_arguments(argv, out_dir):
 
 
 def fingerprint(meta):
-    """A text that identifies the data set's shards: with others, a step would see other tokens."""
+    """A text that identifies a data set's shards: with other shards, steps see other tokens."""
     splits = json.dumps(meta["splits"], sort_keys=True)
     count = meta["splits"]["train"]["tokens"]
     return f"{count:,} training tokens, checksum {zlib.crc32(splits.encode()):08x}"
@@ -356,7 +362,7 @@ def check_same_run(path, state, config, model_config_now, meta):
 
 
 def _identity(config, model_config, tokenizer, shards):
-    """What makes a run this one and not another, by name."""
+    """{name: value} of everything that a resumed run has to keep."""
     return {
         **{name: config[name] for name in FIXED if name in config},  # an older run lacks some
         **asdict(model_config),
@@ -366,7 +372,7 @@ def _identity(config, model_config, tokenizer, shards):
 
 
 def _changed_values(then, now):
-    """The values of `now` that are not those of `then`, as text."""
+    """["name: old -> new"] for the values of `now` that differ in `then`, which may lack some."""
     return [
         f"{name}: {then[name]!r} -> {now[name]!r}"
         for name in now
@@ -378,11 +384,12 @@ def _changed_values(then, now):
 
 
 class Metrics:
-    """metrics.jsonl: a JSON object a line.
+    """metrics.jsonl: one JSON object on each line.
 
-    Opened at `step`, it first drops the lines that a killed run wrote beyond it; with step=None it
-    drops all lines. Raises RunError when the disk is full or not writable. trackers: objects whose
-    `write` gets each line as well, as a dict.
+    step      where the run goes on: the lines that a killed run wrote beyond it are dropped. None:
+              the run begins, and all lines are dropped.
+    trackers  objects whose `write` gets each line as well, as a dict
+    Raises RunError when the disk is full or not writable.
     """
 
     def __init__(self, out_dir, step, trackers=()):

@@ -29,9 +29,10 @@ PROGRESS = "progress.npz"  # stands only while prepare_data.py has not finished
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
-LLM_C_MAGICS = range(20240000, 20250000)  # dates; the low 16 bits of each are no id of GPT-2
+# Dates. No headerless file of GPT-2's ids begins so: the low 16 bits of each are above 50256.
+LLM_C_MAGICS = range(20240000, 20250000)
 
-# How files begin that are taken for shards, and what they are.
+# How files begin that people take for shards, and what these files are.
 NOT_SHARDS = {
     (20240801).to_bytes(4, "little"): "magic 20240801 marks llm.c's Llama-3 shards of uint32",
     SHARD_MAGIC.to_bytes(4, "big"): "a big-endian shard",
@@ -52,8 +53,8 @@ NOT_SHARDS = {
 class DataError(ValueError):
     """A file, a value or a network that the user can put right; the message says how.
 
-    A message is never longer than MESSAGE_CHARACTERS, whatever was put into it: the file's name at
-    its beginning and the remedy at its end are what stays.
+    A message longer than MESSAGE_CHARACTERS loses its middle. Its beginning names the file, and its
+    end the remedy.
     """
 
     MESSAGE_CHARACTERS = 1000
@@ -93,10 +94,10 @@ def probe(url, remedy):
 
 
 def write_atomic(path, *parts):
-    """Writes `parts` (bytes or contiguous arrays) as one file: its name shows the old content or
-    all of the new.
+    """Writes `parts` (bytes or contiguous arrays) as one file. At any moment `path` has the old
+    content or all of the new.
 
-    Raises DataError when the disk is full or not writable; the old file then stands as it was.
+    Raises DataError when the disk is full or not writable; the old file is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # a rename cannot cross file systems
@@ -212,7 +213,7 @@ def _layout(head, size):
 def scan(tokens):
     """-> (crc32 of the tokens' bytes as 8 hex digits, largest id), in one pass over the memory."""
     crc, largest = 0, 0
-    for begin in range(0, len(tokens), 1 << 18):  # half a MB: max finds in the cache what crc read
+    for begin in range(0, len(tokens), 1 << 18):  # half a MB, so that max finds it in the cache
         part = tokens[begin : begin + (1 << 18)]
         crc = zlib.crc32(part, crc)
         largest = max(largest, int(part.max()))
@@ -223,9 +224,15 @@ def scan(tokens):
 
 
 def write_meta(directory, meta):
-    """meta: {tokenizer: see tokenizer.py, vocab_size, eot_token, source: {...}, command: the one
-    that made the data set, splits: {train and val: {tokens, documents,
-    shards: [{file, tokens, crc32}]}}}."""
+    """Writes the dict `meta` as the data set's meta.json:
+
+    tokenizer               its description, see tokenizer.py
+    vocab_size, eot_token   numbers
+    source                  a dict: what the data set was made from, and how
+    command                 the command that made it
+    splits                  {"train": split, "val": split}, where a split is
+                            {tokens, documents, shards: [{file, tokens, crc32}]}
+    """
     write_atomic(Path(directory) / META, json.dumps(meta, indent=1).encode() + b"\n")
 
 
@@ -249,7 +256,7 @@ def read_meta(directory):
 
 
 def _prepare_command(directory):
-    """The command that would make the data set of this folder, as far as its name tells."""
+    """The command that would make the data set of this folder, guessed from the folder's name."""
     out = shlex.quote(str(directory))
     if (directory / PROGRESS).exists():
         return f"the prepare_data.py command that began {out}"
@@ -294,8 +301,8 @@ def _open_shard(directory, shard):
 
 
 def allow_open_files(count):
-    """Raises this process's limit of open files, often 1024, as far as the system lets it:
-    FineWeb 100B alone has 1031 shards. Windows has no such limit for mapped files."""
+    """Raises this process's limit of open files, often 1024, to `count` or as near as the system
+    allows: FineWeb 100B has 1031 shards. Windows has no such limit for mapped files."""
     try:
         import resource
     except ModuleNotFoundError:
@@ -334,15 +341,16 @@ def verify(directory, rank=0, world_size=1):
 
 
 class TokenBlocks:
-    """A split as n_blocks blocks of block_size = T tokens and the one that follows.
+    """A split, cut into n_blocks blocks of T = block_size tokens and the one token that follows.
 
-    Block b of a shard is its tokens [b*T, b*T + T + 1): the last token, only ever a target there,
-    is the first of the next block. A shard's last tokens that fill no block are left out.
+    Block b of a shard is its tokens [b*T, b*T + T + 1). The last of them is only a target here, and
+    is the first token of the next block. The tokens at the end of a shard that fill no block are
+    left out.
 
-    Sequence i of step s is block permutation[k % n_blocks] with k = s * sequences_per_step + i and
-    the permutation drawn from (seed, k // n_blocks): a pure function, so that neither the number of
-    ranks nor of micro-steps nor a resume changes what a step sees, and an epoch shows every block
-    exactly once.
+    Sequence i of step s is block permutation[k % n_blocks], where k = s * sequences_per_step + i
+    and the permutation is drawn from (seed, k // n_blocks). So an epoch shows every block exactly
+    once, and what a step sees depends on nothing else: not on the number of ranks or of
+    micro-steps, and not on whether the run was resumed.
 
     Raises DataError when a shard is missing or damaged, or the split too short for one block.
     """
@@ -360,7 +368,7 @@ class TokenBlocks:
         allow_open_files(256 + sum(len(part["shards"]) for part in splits.values()))
         self._shards = [_open_shard(directory, shard) for shard in splits[split]["shards"]]
         blocks_of = [(len(tokens) - 1) // block_size for tokens in self._shards]
-        self._ends = np.cumsum(blocks_of).tolist()  # of each shard, in blocks
+        self._ends = np.cumsum(blocks_of).tolist()  # the number of blocks up to each shard's end
         self.n_blocks = sum(blocks_of)
         if self.n_blocks == 0:
             self._refuse_short_split()
@@ -370,7 +378,7 @@ class TokenBlocks:
         longest = max(map(len, self._shards), default=0)
         remedy = "prepare more text, or more of it for val with --val-share"
         if longest >= 2:
-            remedy = f"lower it to at most {longest - 1:,}, or " + remedy
+            remedy = f"lower block_size to at most {longest - 1:,}, or " + remedy
         raise DataError(
             f"{self.directory}: the longest shard of split {self.split!r} has {longest:,} tokens, "
             f"but a block of block_size={self.block_size} takes {self.block_size + 1:,}; {remedy} "
@@ -378,7 +386,7 @@ class TokenBlocks:
         )
 
     def batch(self, step, sequences_per_step, start, count):
-        """The sequences [start, start + count) of the sequences_per_step of this step.
+        """Of a step's sequences_per_step sequences, those from `start` to start + count - 1.
         -> idx, targets: int64 (count, block_size), on the CPU; targets are the ids after idx."""
         assert 0 <= start and start + count <= sequences_per_step, (start, count)
         first = step * sequences_per_step + start
@@ -389,8 +397,8 @@ class TokenBlocks:
         return self._gather(blocks)
 
     def in_order(self, start, count):
-        """Blocks start to start + count as they lie in the shards, for evaluation.
-        -> as batch. Raises DataError."""
+        """Blocks `start` to start + count - 1 in the order of the shards, for evaluation.
+        -> idx, targets, as from `batch`. Raises DataError."""
         if not 0 <= start <= start + count <= self.n_blocks:
             raise DataError(
                 f"{self.directory}: blocks {start} to {start + count} were asked of split "
@@ -400,19 +408,19 @@ class TokenBlocks:
         return self._gather(range(start, start + count))
 
     def _permutation(self, epoch):
-        """uint32 (n_blocks,)."""
+        """The order of the blocks in an epoch, uint32 (n_blocks,)."""
         if epoch not in self._permutations:
             if len(self._permutations) == 2:  # a step may straddle two epochs
                 del self._permutations[next(iter(self._permutations))]
-            # numpy keeps raw draws the same for ever, but not what Generator.permutation makes
-            # of them: so the draws are sorted here.
+            # numpy promises that raw draws stay the same in every version, but not what
+            # Generator.permutation makes of them: so the draws are sorted here.
             key = np.array([self.seed, epoch], np.uint64)
             draws = np.random.Philox(key=key).random_raw(self.n_blocks)
             self._permutations[epoch] = np.argsort(draws, kind="stable").astype(np.uint32)
         return self._permutations[epoch]
 
     def _gather(self, blocks):
-        """blocks: (count,) numbers of blocks. -> idx, targets, as batch."""
+        """blocks: (count,) numbers of blocks. -> idx, targets, as from `batch`."""
         import torch
 
         shape = len(blocks), self.block_size
