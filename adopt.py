@@ -1,7 +1,7 @@
-"""Shards of others: fetched where they have a public name, checked, and described as they are.
+"""Shards that others made: fetched if they are public, checked, and described by a meta.json.
 
-Nothing is written but meta.json. The tokenizer that made the shards is not in them, so the ids are
-looked at: ids that cannot come from the tokenizer that was named are refused.
+The shards themselves are not changed. They do not say which tokenizer made them, so the user does;
+ids that cannot come from that tokenizer are refused.
 """
 
 import os
@@ -23,8 +23,8 @@ CONTROLS = [i for i in range(32) if chr(i) not in "\t\n\f\r"]
 
 
 def fetch(dataset, out, train_shards, revision, command):
-    """Fetches ready-made shards into folder `out` and describes them; what is there already is not
-    fetched again. train_shards: how many of the training shards, None: all. Raises DataError."""
+    """Fetches ready-made shards into the folder `out` and describes them. A file that is there is
+    not fetched again. train_shards: how many of the training shards; None: all. DataError."""
     if (out / META).exists():
         source = read_meta(out)["source"]
         if (source.get("dataset"), source.get("train_shards")) != (dataset, train_shards):
@@ -58,9 +58,10 @@ def fetch(dataset, out, train_shards, revision, command):
 
 
 def adopt(directory, tokenizer, command, source=None, files=None):
-    """Describes the shards of a folder: reads them once and writes meta.json. tokenizer: "chars"
-    for nanoGPT's character-level sets, or what get_tokenizer takes. files: their names, None: all.
-    Raises DataError."""
+    """Describes the shards of a folder: reads them once and writes meta.json.
+
+    tokenizer: "chars" for nanoGPT's character-level sets, or what `describe` takes. files: the
+    names of the shards; None: all. Raises DataError."""
     if directory.is_dir() and not os.access(directory, os.W_OK):
         folder = shlex.quote(str(directory))
         raise DataError(
@@ -162,8 +163,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _check_ids(directory, tokenizer, counts):
-    """counts: (65536,) how often each id is in the first tokens of the shards. Raises DataError
-    when the tokenizer named could not have made them."""
+    """counts: (65536,), how often each id is in the first tokens of the shards. Raises DataError
+    when the named tokenizer cannot have made these ids."""
     total = counts.sum()
     if tokenizer == "bytes":
         wrong = counts[NEVER_IN_UTF8].sum() + counts[CONTROLS].sum()
@@ -173,7 +174,7 @@ def _check_ids(directory, tokenizer, counts):
                 "would be control characters or never occur; pass the --tokenizer that made them"
             )
     elif isinstance(tokenizer, str) and tokenizer in ("gpt2", "r50k_base", "p50k_base"):
-        # The first 256 ids are the single bytes, which a text of some length is not made of.
+        # The ids below 256 are single bytes, and no long text consists of these alone.
         if total >= 4096 and not counts[256:50256].any():
             raise DataError(
                 f"{directory}: no id is above 255, so {tokenizer} did not make them; pass the "

@@ -3,9 +3,9 @@
     files = find_files(["texts/*.txt", "more texts"])
     for text in read_documents(files, Reading(), start()): ...
 
-Local files and those of a Hub data set are read alike, by the functions of READERS: a text file is
-one document, or several between separators; in .jsonl, .json and .parquet files a row is one, and
-of its columns only the text's is looked at. No file and no row is left out without a word.
+Local files and those of a Hub data set are read in the same way, by the functions of READERS. A
+text file is one document, or several between separators. In .jsonl, .json and .parquet files each
+row is a document, and only its text column is read. No file and no row is left out without a word.
 """
 
 import bz2
@@ -51,9 +51,9 @@ class Unusable(DataError):
 
 
 def find_files(patterns):
-    """patterns: paths of files, of folders (all files below them, but hidden ones), or patterns.
-    What exists under exactly this name is a path, whatever signs are in it; so are the folders
-    that a pattern begins with.
+    """patterns: paths of files, paths of folders (all files below them that are not hidden), or
+    glob patterns. A name that exists is a path, even if it has * or ? or [ in it, and so are the
+    folders with which a pattern begins.
     -> sorted paths, each file once. Raises DataError, which names the patterns that find nothing.
     """
     paths, nothing, seen = [], [], set()
@@ -93,7 +93,7 @@ def read_whole(path):
 
 
 def _matches(pattern):
-    """-> the paths that a pattern finds. The folders at its beginning that exist are no pattern."""
+    """-> the paths that a pattern finds. Folders at its beginning that exist are taken as they are."""
     folder = next(parent for parent in Path(pattern).parents if parent.exists())
     if folder == Path("."):
         return glob.glob(pattern, recursive=True)
@@ -196,16 +196,21 @@ def hub_files(dataset, config, revision, split):
 
 
 def start():
-    """-> the position before the first document: how many files and how many rows of the next one
-    have been read, how many of these rows were not empty, and what came of all rows so far."""
+    """-> the position before the first document, a dict of counts:
+
+    file                          files that are read to their end
+    row, of_file                  rows read of the next file; how many of them were not empty
+    documents, empty, skipped     what became of all rows so far
+    """
     return {"file": 0, "row": 0, "of_file": 0, "documents": 0, "empty": 0, "skipped": 0}
 
 
 def read_documents(files, reading, position):
-    """Yields the texts after `position`, and moves it along; empty ones are counted, not yielded.
+    """Yields the texts after `position`, and keeps `position` up to date. Empty texts are counted
+    and not yielded.
 
-    Raises DataError for a file that cannot be read or has no text in it, and for a row that has
-    none, unless reading.skip_unusable counts these."""
+    Raises DataError for a file that cannot be read. Raises it for a file or a row without a text as
+    well, unless reading.skip_unusable: then these are counted."""
     while position["file"] < len(files):
         path = files[position["file"]]
         rows = _read_file(path, reading)
@@ -219,7 +224,8 @@ def read_documents(files, reading, position):
                 position["documents"] += 1
                 position["of_file"] += 1
                 yield text
-        if not position["of_file"] and not (position["row"] and reading.skip_unusable):
+        counted = reading.skip_unusable and position["row"] > 0  # as empty rows
+        if not position["of_file"] and not counted:
             _skip(position, reading, f"{path}: there is no text in this file")
         position.update(file=position["file"] + 1, row=0, of_file=0)
 
@@ -232,7 +238,8 @@ def _skip(position, reading, reason):
 
 
 def _place(path, reading, row):
-    """-> what a message calls a row: its file and number; a file that is one document, its file."""
+    """-> what a message calls a row: its file and its number, or, for a file that is one document,
+    the file alone."""
     if READERS[kind_of(path)] is not read_text:
         return f"{path}, row {row}"
     return f"{path}, document {row}" if reading.separator else path
@@ -290,8 +297,8 @@ def read_text(file, reading):
 
 
 def _decoded(file, encoding):
-    """Yields str chunks of a binary file. Bytes that are no text become lone surrogates, for
-    _problem to find once it is known which row they are in."""
+    """Yields str chunks of a binary file. Bytes that are no text become lone surrogates, which
+    _problem finds once it is known in which row they are."""
     decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
     while chunk := file.read(CHUNK_BYTES):
         yield decoder.decode(chunk)
@@ -304,7 +311,7 @@ def _pieces(chunks, separator):
     for chunk in chunks:
         fresh.append(chunk)
         size += len(chunk)
-        if size >= len(pending):  # so that a long piece is not searched anew with every chunk
+        if size >= len(pending):  # else a long piece would be searched again with every chunk
             *whole, pending = (pending + "".join(fresh)).split(separator)
             yield from whole
             fresh, size = [], 0
@@ -348,7 +355,7 @@ def _json_lines(chunks, reading):
     for line in lines:
         yield _text_of_line(previous, reading)
         previous = line
-    if previous.strip():  # else what stands after the last line's end
+    if previous.strip():  # usually nothing stands after the last line's end
         yield _text_of_line(previous, reading)
 
 

@@ -8,9 +8,9 @@
     python prepare_data.py --files stories.txt --separator '<|endoftext|>' --tokenizer chars
     python prepare_data.py --adopt data/fineweb10B --tokenizer gpt2  # shards that lie there
 
-Stopped or killed, the same command continues after the last whole shard and ends with the same
-bytes. Each document follows an end-of-text token. A hash of its content puts it into train or val,
-so no text is in both.
+After a stop or a kill, the same command continues after the last whole shard, and the data set ends
+with the same bytes. An end-of-text token stands before each document. A hash of its content puts a
+document into train or val, so no text is in both.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from tokenizer import (
 )
 from workers import chunks, encode_all, start_workers
 
-# Which options mean something for which source; --workers is for all.
+# The options that each kind of source takes; --workers is for all.
 OPTIONS = {
     "adopt": {"tokenizer"},
     "ready": {"train_shards", "revision", "name", "out"},
@@ -76,7 +76,7 @@ def reading_of(options):
 
 
 def digest_of(paths):
-    """-> a string that is another when a file comes, goes or changes."""
+    """-> a string that changes when a file is added, removed or changed."""
     states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
     return hashlib.blake2b(json.dumps(states).encode(), digest_size=8).hexdigest()
 
@@ -85,7 +85,7 @@ def digest_of(paths):
 
 
 class Meter:
-    """Prints how far it is: over the same line of a terminal, else a line every few seconds."""
+    """Prints the progress: in a terminal on one line that changes, else on a line every 5 s."""
 
     def __init__(self, splits, position, n_files):
         self.splits, self.n_files, self.first_file = splits, n_files, position["file"]
@@ -104,16 +104,20 @@ class Meter:
         if done and not last:
             left = (self.n_files - position["file"]) * seconds / done
             line += f", {left / 60:.1f} min left"
-        print(f"\r{line:79}" if terminal else line, end="" if terminal and not last else "\n")
-        sys.stdout.flush()
+        if terminal:
+            print(f"\r{line:79}", end="\n" if last else "", flush=True)
+        else:
+            print(line, flush=True)
 
 
 def prepare(out, options, workers, command):
-    """Makes the data set in folder out, or continues it, or finds it made. Raises DataError."""
+    """Makes the data set in the folder `out`, or continues it; verifies one that is finished.
+    Raises DataError."""
     progress = unfinished(out, options, command)
     if (out / META).exists():
         print(f"{out} is already prepared: {verify(out):,} tokens, every checksum as it should be")
-        if (out / PROGRESS).exists():  # the kill came just before its removal
+        # Where the run was killed just before it removed its progress:
+        if (out / PROGRESS).exists():
             (out / PROGRESS).unlink()
         return
     if options["kind"] == "hub":
@@ -166,8 +170,9 @@ def make_folder(out):
 
 
 def unfinished(out, options, command):
-    """-> what load_progress gives where a run with the same options has begun, None where nothing
-    has; takes over its revision. Raises DataError where other files or other options are there."""
+    """-> the progress (see load_progress) of a run with the same options that is not finished, or
+    None. Options without a revision get that of the run. Raises DataError where the folder has
+    other files, or a run with other options."""
     progress, there = None, options
     if (out / META).exists():
         there = read_meta(out)["source"]
@@ -186,7 +191,8 @@ def unfinished(out, options, command):
 
     differences = []
     for key in {**there, **options}:
-        # A run that stopped at what cannot be used may go on without it: all before was used.
+        # A run that stopped at a row that cannot be used may continue with --skip-unusable: every
+        # row before was used.
         if key != "skip_unusable" and there.get(key) != options.get(key):
             change = f"{brief(there.get(key), 80)} there, {brief(options.get(key), 80)} asked"
             if key == "digest":
@@ -201,7 +207,7 @@ def unfinished(out, options, command):
 
 
 def continue_from(out, splits, record, tokens):
-    """Fills the splits with what the stopped run had. -> its position. Raises DataError."""
+    """Gives the splits the shards and tokens of the stopped run. -> its position. DataError."""
     for split in splits:
         documents, split.shards = record["splits"][split.name]
         split.add(tokens[split.name], documents)
@@ -212,7 +218,7 @@ def continue_from(out, splits, record, tokens):
 
 
 def refuse_idle_options(files, options):
-    """Raises DataError for an option that none of these files could follow."""
+    """Raises DataError for an option that would have no effect on any of these files."""
     kinds = {corpus.kind_of(path) for path in files}
     shown = ", ".join(sorted(kinds))
     if options.get("separator") and kinds.isdisjoint(corpus.TEXT_KINDS):
@@ -224,7 +230,7 @@ def refuse_idle_options(files, options):
 
 
 def describe_tokenizer(argument, texts):
-    """-> the tokenizer's description; for "chars" all texts are read for their characters."""
+    """-> the tokenizer's description. For "chars" this reads all texts, to find the characters."""
     if argument != "chars":
         return describe(argument)
     characters = set()
@@ -234,8 +240,8 @@ def describe_tokenizer(argument, texts):
 
 
 def give_notice(texts, reading, kind, tokenizer):
-    """Tells of what the first document, of a file of this kind, shows to be other than one might
-    think. Raises DataError when there is none."""
+    """Prints notes on what the first document, from a file of this kind, shows: an end of text that
+    stays text, a tokenizer that loses something. Raises DataError when there is no document."""
     first = next(texts(corpus.start()), None)
     if first is None:
         raise DataError("there is no text in these files")
@@ -259,7 +265,7 @@ def print_plan(plan, options):
 
 
 def finish(out, options, command, splits, description, position):
-    """Writes the last shards and meta.json, and says what became of everything that was read."""
+    """Writes the last shards and meta.json, and prints what was read and what was left out."""
     for split in splits:
         if split.filled:
             split.write()
@@ -314,21 +320,28 @@ def parse(argv):
     add("--config", help="the Hub data set's configuration")
     add("--split", help="the Hub data set's split to read (default train)")
     add("--revision", help="the Hub data set's commit (default the newest, which is recorded)")
-    add("--train-shards", type=int, help="of ready-made shards, only the first so many")
+    add("--train-shards", type=int, metavar="N", help="only the first N of ready-made shards")
     add("--text-key", help="the column of the text (default text), or a path such as data.text")
     add("--separator", help="what stands between the documents of a text file; \\n ends a line")
     add("--encoding", help="of text and JSON files (default utf-8)")
     add("--skip-unusable", action="store_true", help="count what cannot be used, do not stop")
-    add("--tokenizer", help="gpt2, another of tiktoken's, a tokenizer.json, chars, or bytes "
-        "(default for stdlib), which needs no download")  # fmt: skip
+    tokenizers = "gpt2 (default), another of tiktoken's, a tokenizer.json, chars, or bytes"
+    add("--tokenizer", help=tokenizers + " (default for stdlib), which needs no download")
     add("--name", help="of the folder in data/")
     add("--out", type=path_of, help="the folder itself (default data/NAME)")
-    add("--shard-tokens", type=int, help="in each shard (default 100,000,000)")
-    add("--val-share", type=float, help="of the texts (default 0.0005 of the Hub's, else 0.05)")
-    add("--workers", type=int, default=min(os.cpu_count(), 61))  # 61: Windows' limit
+    add("--shard-tokens", type=int, help="tokens in each shard (default 100,000,000)")
+    add("--val-share", type=float, help="share of val (default 0.0005 for the Hub, else 0.05)")
+    workers = min(os.cpu_count(), 61)  # 61: Windows' limit
+    add("--workers", type=int, default=workers, help=f"processes that tokenise (default {workers})")
     args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return args
 
-    if bool(args.dataset) + bool(args.files) + bool(args.adopt) > 1:
+
+def check_arguments(parser, args):
+    """Completes the defaults that depend on the source. Ends with a message where the arguments do
+    not go together."""
+    if sum(map(bool, (args.dataset, args.files, args.adopt))) > 1:
         parser.error("give one of: the name of a data set, --files, --adopt")
     args.kind = kind_of_source(args)
     for name, value in vars(args).items():
@@ -353,7 +366,6 @@ def parse(argv):
         b"a".decode(args.encoding or "utf-8", "ignore")  # refuses base64 and its like, too
     except LookupError:
         parser.error(f"--encoding {args.encoding} is unknown; for example utf-8, cp1252, utf-16")
-    return args
 
 
 def kind_of_source(args):
@@ -367,7 +379,7 @@ def kind_of_source(args):
 
 
 def options_of(args):
-    """-> (what a data set is made from and how, the name of its folder)."""
+    """-> (a dict of what the data set is made from and how, the name of its folder)."""
     options = {
         "tokenizer": args.tokenizer or "gpt2",
         "val_share": args.val_share,

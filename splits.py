@@ -1,8 +1,8 @@
 """The splits of a corpus: which documents are in train and in val, and their way into shards.
 
-A hash of its content decides for each document, so no text is in both splits, wherever and however
-often it stands. Where a corpus is so small that this would leave a split empty or of another size
-than asked, plan_splits looks at all of it and chooses another border, or cuts one document in two.
+A hash of its content decides for each document, so no text is in both splits, however often the
+corpus has it. In a small corpus a split could then be empty, or much larger or smaller than was
+asked: plan_splits reads all of it and chooses another border, or cuts one document in two.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ def fingerprint(text):
 
 def plan_splits(texts, val_share):
     """texts: all documents of the corpus, read only as far as needed; 0 < val_share < 1.
-    -> {"val_below": documents with a smaller fingerprint validate,
-        "cut": None, or [fingerprint, position]: this document alone is cut, its end validates}.
-    Raises DataError when there are not even two characters."""
+    -> {"val_below": documents with a smaller fingerprint are in val,
+        "cut": None, or [fingerprint, position]: this one document is cut there, its end is in val}.
+    Raises DataError when there are fewer than two characters."""
     val_below = val_share * 2**64
     sizes = {}  # characters of each different document, by its fingerprint
     val_size, total, longest = 0, 0, ""
@@ -58,16 +58,18 @@ def plan_splits(texts, val_share):
 
 
 def _fits(val_size, wanted, total):
-    """Whether a validation split of this size will do where `wanted` was asked: not much smaller,
-    and at most a quarter of the corpus or, where more was asked, up to twice as much."""
+    """Whether a validation split of val_size characters will do where `wanted` were asked.
+
+    At least half of them, or a few thousand characters. At most twice as many, or a quarter of the
+    corpus; and half of what was meant for training must be left."""
     least = min(wanted / 2, ENOUGH / 4)
     most = min(max(2 * wanted, total / 4), (total + wanted) / 2)
     return least <= val_size <= most and 0 < val_size < total
 
 
 def _border(sizes, wanted):
-    """-> (val_below, the size that it gives), as near to `wanted` as the documents allow; at least
-    one document validates."""
+    """-> (val_below, the size of val with it), as near to `wanted` as the documents allow. At least
+    one document is in val."""
     choices, size = [], 0
     for digest in sorted(sizes):
         size += sizes[digest]
@@ -101,7 +103,7 @@ def split_text(text, plan):
 
 
 class Split:
-    """One split's tokens on their way into shards."""
+    """One split: its shards so far, and a buffer of the tokens that wait for the next one."""
 
     def __init__(self, out, name, shard_tokens):
         self.out, self.name = out, name
@@ -123,6 +125,7 @@ class Split:
                 self.write()
 
     def write(self):
+        """Writes the buffer as a shard, full or not."""
         file, tokens = f"{self.name}_{len(self.shards):06d}.bin", self.buffer[: self.filled]
         write_shard(self.out / file, tokens)
         self.shards.append({"file": file, "tokens": len(tokens), "crc32": scan(tokens)[0]})

@@ -1,13 +1,13 @@
-"""Tokenizers: text to ids and back. What is known of one is stored with the data that it made.
+"""Tokenizers: text to ids and back. A tokenizer's description is stored with the data it made.
 
     >>> tokenizer = get_tokenizer("gpt2")
     >>> tokenizer.encode("Hello world").tolist()
     [15496, 995]
 
-A tokenizer is described by a string, the name of one that everybody has ("bytes", or an encoding of
-tiktoken such as "gpt2"), or by a dict that holds all of it: the characters of a corpus, or the text
-of a JSON file of the `tokenizers` library. meta.json and every checkpoint keep the description, so
-that sample.py needs no other file. `<|endoftext|>` in a text is text; only eot_token ends it.
+A description is a string, the name of a tokenizer that everybody has ("bytes", or an encoding of
+tiktoken such as "gpt2"), or a dict that holds the whole tokenizer: the characters of a corpus, or
+the text of a JSON file of the `tokenizers` library. meta.json and every checkpoint keep it, so that
+sample.py needs no other file. `<|endoftext|>` in a text is text; only eot_token ends a document.
 """
 
 import functools
@@ -24,7 +24,8 @@ from data import DataError, brief, probe
 MOST_TOKENS = 2**16  # shards hold uint16
 END_OF_TEXT = "<|endoftext|>"
 
-# tiktoken's encodings: where it fetches those that fit, their sizes, and the sizes of the others.
+# tiktoken's encodings. Of those that fit: where tiktoken fetches them, and their sizes. Of those
+# that do not: how many ids they have.
 TIKTOKEN_HOST = "https://openaipublic.blob.core.windows.net/"
 TIKTOKEN_FILES = {
     "gpt2": ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"),
@@ -32,7 +33,7 @@ TIKTOKEN_FILES = {
     "p50k_base": ("encodings/p50k_base.tiktoken",),
     "p50k_edit": ("encodings/p50k_base.tiktoken",),
 }
-KNOWN_SIZES = {  # (n_vocab, eot_token), for those who need no more than that
+KNOWN_SIZES = {  # (n_vocab, eot_token), which `sizes` tells without a download
     "bytes": (257, 256),
     "gpt2": (50257, 50256),
     "r50k_base": (50257, 50256),
@@ -41,7 +42,7 @@ KNOWN_SIZES = {  # (n_vocab, eot_token), for those who need no more than that
 }
 TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
 
-# How the `tokenizers` library's models call the token that ends a text, likeliest first.
+# What tokenizer.json files call the token that ends a text, the most frequent name first.
 JSON_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
@@ -85,7 +86,7 @@ def tokenizer_name(description):
 
 
 def sizes(description):
-    """-> (n_vocab, eot_token); no download where the name tells. Raises DataError."""
+    """-> (n_vocab, eot_token), without a download for a name in KNOWN_SIZES. Raises DataError."""
     if isinstance(description, str) and description in KNOWN_SIZES:
         return KNOWN_SIZES[description]
     codec = get_tokenizer(description)
@@ -120,8 +121,8 @@ def _own_tokenizer(description):
 
 
 def clean(text):
-    """The text without what no tokenizer can take: a byte-order mark before it, and halves of
-    surrogate pairs, which become U+FFFD as in tiktoken's encode_ordinary."""
+    """The text without what no tokenizer can take. A byte-order mark at its beginning goes. Half a
+    surrogate pair becomes U+FFFD, as in tiktoken's encode_ordinary."""
     text = text.removeprefix("\ufeff")
     try:
         text.encode()
@@ -131,8 +132,13 @@ def clean(text):
 
 
 class Tokenizer:
-    """What all have in common. n_vocab: ids are below it; eot_token: the id that stands before each
-    document in a shard. A subclass has encode_clean and decode_bytes."""
+    """What all tokenizers have in common. A subclass defines
+
+    n_vocab               ids are below it
+    eot_token             the id that stands before each document in a shard
+    encode_clean(text)    -> ids (n,), of a text that `clean` returned
+    decode_bytes(ids)     -> bytes
+    """
 
     def encode(self, text):
         """-> uint32 (n,), the ids of any text. Raises DataError for what the tokenizer lacks."""
@@ -151,7 +157,7 @@ class Tokenizer:
         return np.concatenate(halves)
 
     def encode_ordinary(self, text):
-        """-> list of int, as tiktoken's method of this name."""
+        """-> list of int, like tiktoken's method of this name."""
         return self.encode(text).tolist()
 
     def decode(self, ids):
@@ -160,7 +166,7 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """An id for each of 256 bytes, and 256 for end of text."""
+    """The ids 0 to 255 are the bytes, and 256 is the end of a text."""
 
     n_vocab, eot_token = 257, 256
 
@@ -173,8 +179,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharacterTokenizer(Tokenizer):
-    """An id for each character of a corpus, in the order of the description, and the next for end
-    of text. nanoGPT's character-level data sets have the same ids."""
+    """An id for each character of a corpus, in the order of the description; the next id is the end
+    of a text. nanoGPT's character-level data sets have the same ids."""
 
     def __init__(self, description):
         self.characters = description["characters"]
@@ -272,7 +278,7 @@ class JsonTokenizer(Tokenizer):
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def decode(self, ids):
-        """What the ids mean can depend on their neighbours, so the bytes come from the text."""
+        """The library decodes to text, since the meaning of an id can depend on its neighbours."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_bytes(self, ids):
@@ -283,13 +289,13 @@ class JsonTokenizer(Tokenizer):
 
 
 def _cache_folder():
-    """Where tiktoken keeps its downloads; empty where that is disabled."""
+    """Where tiktoken keeps its downloads; "" where a user has disabled that."""
     named = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     return os.path.join(tempfile.gettempdir(), "data-gym-cache") if named is None else named
 
 
 def _is_cached(name):
-    """Whether tiktoken needs no download. An encoding of another package sees to its own files."""
+    """Whether tiktoken needs no download. An encoding of another package loads its own files."""
     for file in TIKTOKEN_FILES.get(name, ()):
         key = hashlib.sha1((TIKTOKEN_HOST + file).encode()).hexdigest()
         if not os.path.exists(os.path.join(_cache_folder(), key)):

@@ -16,14 +16,14 @@ CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1 << 20  # what a worker gets at a time
 
 
 def start_workers(count):
-    """-> a pool of processes that have begun, so that a fork comes before any thread."""
+    """-> a pool of processes that have begun: they are forked before this process has threads."""
     pool = ProcessPoolExecutor(count, initializer=start_worker)
     pool.submit(os.getpid).result()
     return pool
 
 
 def start_worker():
-    """Ctrl-C is the parent's to answer; and a worker whose parent was killed leaves."""
+    """Only the parent answers Ctrl-C. A worker whose parent was killed ends as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
@@ -34,8 +34,8 @@ def leave_with_parent():
 
 
 def encode(texts, description, plan):
-    """description: of the tokenizer; plan: of the splits.
-    -> {split: (uint16 tokens, documents)}."""
+    """description: of the tokenizer. plan: from plan_splits.
+    -> {split: (uint16 tokens, how many documents)}."""
     tokenizer = get_tokenizer(description)
     end_of_text = np.array([tokenizer.eot_token], np.uint32)
     parts = {"train": [end_of_text[:0]], "val": [end_of_text[:0]]}
@@ -50,7 +50,7 @@ def encode(texts, description, plan):
 
 
 def chunks(texts, position):
-    """Yields (some texts, the position after them): all that it takes to continue there."""
+    """Yields (some texts, a copy of `position` after them, from which a run can continue)."""
     chunk, characters = [], 0
     for text in texts:
         chunk.append(text)
@@ -63,8 +63,8 @@ def chunks(texts, position):
 
 
 def encode_all(pool, read_ahead, jobs, *arguments):
-    """Yields (encode's result, position) in the order of jobs. Pool.imap would read the whole
-    corpus ahead."""
+    """jobs: from `chunks`. Yields (the result of `encode`, the position) in their order, and reads
+    at most `read_ahead` jobs ahead; Pool.imap would read the whole corpus."""
     waiting = collections.deque()
     for texts, position in jobs:
         waiting.append((pool.submit(encode, texts, *arguments), position))
