@@ -9,9 +9,9 @@ Checkpoints from elsewhere, to elsewhere, and from one mixer to another.
     python convert.py mixer out/gpt2 out/gpt2-tbp --mixer=tbp --n_streams=4
     python convert.py mixer out/tbp out/rtbp --mixer=rtbp --data=data/openwebtext
 
-A checkpoint of ours is named by its path, or by the folder of its run, which means the newest one.
-What `import` and `mixer` write is a checkpoint that sample.py takes and from which train.py can
-begin a run. It has no optimizer state, so no run is resumed from it.
+A checkpoint of ours is named by its path, or by the folder of its run, whose newest one is taken.
+`import` and `mixer` write a checkpoint that sample.py takes and from which train.py can begin a
+run. It has no optimizer state, so no run can be resumed from it.
 
 remix.py says what becomes of the parameters of one mixer in another.
 """
@@ -56,7 +56,7 @@ def parse():
     command = commands.add_parser("import", help="weights of others -> a checkpoint of ours")
     command.add_argument("source", help=f"{', '.join(pretrained.HUB)}, a folder or a file")
     command.add_argument("out_dir", help="folder for the checkpoint")
-    command.add_argument("--tokenizer", help="of the weights, where nothing tells: gpt2, bytes, …")
+    command.add_argument("--tokenizer", help="of the weights, if unknown: gpt2, bytes, …")
 
     command = commands.add_parser("export", help="a checkpoint of ours -> safetensors and config")
     command.add_argument("source", help="a run's folder or a checkpoint")
@@ -66,14 +66,14 @@ def parse():
     command.add_argument("source", help="a run's folder or a checkpoint")
     command.add_argument("out_dir", help="folder for the new checkpoint")
     command.add_argument("--mixer", required=True, help="the other mixer")
-    command.add_argument("--n_streams", type=int, help="streams, if the source has one")
-    command.add_argument("--data", help="a data set's folder, to measure on")
-    command.add_argument("--tokens", type=int, default=4096, help="how many to measure on")
+    command.add_argument("--n_streams", type=int, help="how many, if the source has one stream")
+    command.add_argument("--data", help="folder of a data set to compare the models on")
+    command.add_argument("--tokens", type=int, default=4096, help="how many to compare them on")
     command.add_argument(
         "--most_off",
         type=float,
         default=1e-3,
-        help="refuse if an entry of an M, before a token adds to it, is off by more (0.001)",
+        help="refuse if an entry of M at the biases is off by more (default 0.001)",
     )
     for name, option in OPTIONS.items():
         command.add_argument(f"--{name}", type=type(option.default), help=option.comment)
@@ -98,7 +98,7 @@ def load(source):
 
 
 def save(out_dir, model, about):
-    """Write the model as a checkpoint and say so. about: what is known of it, by checkpoint keys.
+    """Write the model as a checkpoint and say so. about: other keys of the checkpoint.
 
     Raises RunError for a folder that has a run already.
     """
@@ -131,7 +131,9 @@ def save(out_dir, model, about):
 
 
 def import_weights(source, out_dir, tokenizer):
-    """Weights of others, or a folder that `export` wrote -> a checkpoint. ValueError, RunError."""
+    """Weights of others, or a folder that `export` wrote -> a checkpoint.
+
+    Raises ValueError or RunError."""
     config_file = Path(source).expanduser() / "config.json"
     about = pretrained.read_json(config_file).get(OURS) if config_file.exists() else None
     if about and tokenizer:
@@ -168,7 +170,7 @@ def read_exported(config_file, model_config):
 def tokens_of(source, vocab_size, tokenizer):
     """-> (description, number of tokens) of the tokenizer of imported weights. Raises ValueError.
 
-    tokenizer: what prepare_data.py takes, or the folder of a data set that has it, or None.
+    tokenizer: what prepare_data.py takes, or the folder of a data set with this tokenizer, or None.
     """
     if tokenizer is None and vocab_size in pretrained.GPT2_VOCABULARY:
         tokenizer = "gpt2"
@@ -219,8 +221,8 @@ def export(source, folder):
 
 
 def is_plain(config):
-    """Whether the model is GPT-2's: it has one stream, and nothing at a value of its own but sizes
-    and what has no effect on one stream."""
+    """Whether the model is GPT-2's: it has one stream, and every knob is at its default, except for
+    sizes and for knobs that have no effect on one stream."""
     own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_mlp", "dropout", "bias")
     no_effect = ("mixer", "n_streams", "dynamic", "mix_start", "read_start", "stream_dtype")
     usual = asdict(GPTConfig())
@@ -233,7 +235,7 @@ def is_plain(config):
 def as_gpt2(model, n_vocab):
     """A residual model -> the tensors and the config.json of transformers' GPT2LMHeadModel.
 
-    GPT-2 has biases everywhere, so those that the model goes without are zeros.
+    GPT-2 has biases everywhere: where the model has none, they are zeros.
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -287,7 +289,7 @@ def convert_mixer(arguments):
         left_out = drop_what_misleads(old, new, idx)
         print("phi of the mix: mapped by the Jacobian at the biases, right to first order")
         if left_out:
-            print(f"  but 0 in {len(left_out)} of {len(off)} sublayers, where M is nearer without")
+            print(f"  but 0 in {len(left_out)} of {len(off)} sublayers, where that brings M nearer")
     for line in measure(old, new, idx, targets):
         print(line)
     knobs = {"mixer": new.config.mixer, "n_streams": new.config.n_streams} | new.config.options

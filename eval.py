@@ -7,16 +7,16 @@ How good a checkpoint is: loss and bits per byte of a text, HellaSwag, LAMBADA.
     python eval.py --out_dir=out/tbp --data=data/openwebtext --results=results/tbp.json
     python eval.py --init_from=gpt2 --lambada=hub
 
-Loss: of a prepared data set in blocks of block_size that lie side by side, as train.py evaluates:
-the same tokens give the same number. With --stride the windows overlap, each target has more text
+Loss: that of a prepared data set, in blocks of block_size side by side, as train.py evaluates: the
+same tokens give the same number. With --stride the windows overlap, each target has more text
 before it, and the loss is lower. A text file is one document. Bits per byte: the loss of all
-targets in bits, divided by the bytes of their text; it can be compared between tokenizers.
+targets in bits, divided by the bytes of their text. It can be compared between tokenizers.
 
 HellaSwag: which of four endings is the likeliest, by the sum of log-probabilities (accuracy) and by
-their mean over the ending's tokens (normalised accuracy). The context is taken as it is and no end
-of text stands before it, as in llm.c; lm-evaluation-harness rewrites it, and divides by characters.
-LAMBADA: the last word of a text; accuracy where each of its tokens is the likeliest, perplexity of
-whole words.
+their mean over the ending's tokens (normalised accuracy). As in llm.c, the context is not changed,
+and no end of text stands before it; lm-evaluation-harness rewrites contexts, and divides by
+characters. LAMBADA: the last word of a text. Accuracy: how often each of its tokens is the
+likeliest. Perplexity is of whole words.
 """
 
 import contextlib
@@ -42,22 +42,22 @@ from trained import activation_dtype, open_trained
 # The model
 out_dir = "out"  # of the run
 checkpoint = "latest"  # latest, best, or a path
-init_from = ""  # instead of a run GPT-2's weights: gpt2, gpt2-medium, …, a folder or a file
+init_from = ""  # GPT-2's weights instead of a run: gpt2, gpt2-medium, …, a folder or a file
 # What is measured
-data = ""  # loss and bits per byte of this: the folder of a prepared data set, or a text file
+data = ""  # for loss and bits per byte: the folder of a prepared data set, or a text file
 split = "val"  # of the data set
-eval_tokens = 0  # only so many tokens of it, from the beginning; 0: all
+eval_tokens = 0  # only the first so many tokens; 0: all
 stride = 0  # tokens from one window to the next, up to block_size; 0: blocks side by side
 hellaswag = ""  # a .jsonl file with ctx, endings and label; or hub: Rowan/hellaswag, validation
 lambada = ""  # a .jsonl file with text; or hub: EleutherAI/lambada_openai, test
-examples = 0  # only so many of each task, from the beginning; 0: all
+examples = 0  # only the first so many of each task; 0: all
 # Where it goes
-results = ""  # a JSON file, beside the table that is printed
+results = ""  # a JSON file; the table is printed as well
 # System
-batch_size = 8  # windows, or endings, side by side
+batch_size = 8  # windows, or endings, at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # of activations: auto (bfloat16 on cuda if it can, else float32), float32, bfloat16
-compile = True  # the loss of `data` through torch.compile; the tasks have too many lengths for it
+compile = True  # torch.compile for the loss of `data`; the tasks have too many lengths for it
 config = configure(globals())
 
 
@@ -81,7 +81,7 @@ def check_knobs():
 
 
 def read_pieces(trained):
-    """-> arrays of tokens, each on its own, and what they are. Raises DataError."""
+    """-> arrays of tokens, which are scored apart, and a dict of what they are. DataError."""
     path, block_size = os.path.expanduser(data), trained.model.config.block_size
     if os.path.isdir(path):
         pieces, about = read_data_set(path, trained, block_size)
@@ -93,7 +93,7 @@ def read_pieces(trained):
 
 
 def read_data_set(folder, trained, block_size):
-    """As read_pieces. Of each shard it is the tokens that train.py sees: whole blocks."""
+    """As read_pieces, for a data set. Of each shard it takes what train.py sees: whole blocks."""
     meta = read_meta(folder)
     if split not in meta["splits"]:
         raise DataError(f"{data}: no split {split!r}, there are {', '.join(meta['splits'])}")
@@ -113,7 +113,7 @@ def read_data_set(folder, trained, block_size):
 
 
 def first_targets(pieces, count):
-    """The pieces up to `count` targets, all for 0."""
+    """The pieces up to `count` targets; all of them for 0."""
     if not count:
         return pieces
     kept = []
@@ -137,10 +137,10 @@ def measure_text(trained, chosen, autocast):
     if not count:
         raise DataError(f"{data}: there is no token to predict in it")
     size = sum(scoring.byte_count(trained.tokenizer, piece[1:]) for piece in pieces)
+    apart = f"{stride} from one to the next" if stride else "side by side"
     return {
         **about,
-        "windows": f"{trained.model.config.block_size} tokens, "
-        + (f"{stride} from one to the next" if stride else "side by side"),
+        "windows": f"{trained.model.config.block_size} tokens, {apart}",
         "tokens": count,
         "bytes": size,
         "loss": nats / count,
@@ -152,7 +152,7 @@ def measure_text(trained, chosen, autocast):
 
 
 def read_rows(source, hub):
-    """-> the rows of a task, dicts with the place of each under "where", and what they are.
+    """-> the rows of a task, each a dict whose "where" names the row, and a dict of what they are.
 
     hub: (data set, configuration, split). Raises DataError.
     """
@@ -170,13 +170,15 @@ def file_rows(source):
     rows = []
     for number, line in enumerate(read_whole(source).split("\n"), 1):
         where = f"{source}, line {number}"
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line)
         except ValueError as error:
             raise DataError(f"{where}: no JSON ({error}); the file must be .jsonl") from error
-        if row is not None and not isinstance(row, dict):
+        if not isinstance(row, dict):
             raise DataError(f"{where}: an object is wanted, not {brief(line, 80)}")
-        rows += [row | {"where": where}] if row is not None else []
+        rows.append(row | {"where": where})
     return rows
 
 
@@ -197,9 +199,9 @@ def hub_rows(name, configuration, part):
 
 def hellaswag_item(row):
     """-> context, endings, the index of the right one. Raises DataError."""
-    context, endings, label = (row.get(name) for name in ("ctx", "endings", "label"))
-    good = isinstance(context, str) and isinstance(endings, list) and len(endings) > 1
-    if not good or not all(isinstance(ending, str) for ending in endings):
+    context, endings, label = row.get("ctx"), row.get("endings"), row.get("label")
+    several = isinstance(endings, list) and len(endings) > 1
+    if not several or not all(isinstance(text, str) for text in [context, *endings]):
         raise DataError(f"{row['where']}: a text ctx and a list of endings are wanted")
     if str(label) not in map(str, range(len(endings))):
         raise DataError(f"{row['where']}: label {brief(label)} is none of {len(endings)} endings")
@@ -209,14 +211,16 @@ def hellaswag_item(row):
 def last_word(row):
     """-> a text without its last word, and that word. Raises DataError."""
     text = row.get("text")
-    before, blank, word = text.strip().rpartition(" ") if isinstance(text, str) else ("", "", "")
+    if not isinstance(text, str):
+        text = ""
+    before, _, word = text.strip().rpartition(" ")
     if not (before and word):
         raise DataError(f"{row['where']}: a text of two words or more is wanted, under text")
     return before, word
 
 
 def encode_pair(tokenizer, context, ending):
-    """Two lists of tokens. A blank belongs to the word after it, as GPT-2's tokenizer has it."""
+    """-> two lists of tokens. A blank belongs to the word after it, as in GPT-2's tokenizer."""
     tokens = tokenizer.encode_ordinary(context) or [tokenizer.eot_token]
     return tokens, tokenizer.encode_ordinary(" " + ending)
 
@@ -260,20 +264,26 @@ def table(measured):
         if text["bits_per_byte"] is not None:
             of = f"{text['bytes']:,} bytes"
             lines.append(f"| bits per byte | {text['bits_per_byte']:.4f} | {of} |")
-    names = {"accuracy": "accuracy", "accuracy_norm": "normalised accuracy"}
     for task in ("hellaswag", "lambada"):
-        result = measured.get(task, {})
-        for key, name in names.items():
-            if key in result:
-                error = math.sqrt(result[key] * (1 - result[key]) / result["items"])
-                value = f"{result[key]:.4f} ± {error:.4f}"
-                lines.append(f"| {task}, {name} | {value} | {result['items']:,} items |")
-        if "perplexity" in result:
-            of = f"{result['items']:,} items"
-            lines.append(f"| {task}, perplexity | {result['perplexity']:.2f} | {of} |")
-        if result.get("cut"):
-            lines.append(f"| {task}, contexts cut to block_size | {result['cut']:,} | |")
+        if task in measured:
+            lines += task_lines(task, measured[task])
     return "\n".join(lines)
+
+
+def task_lines(task, result):
+    """The lines of one task in the table. ±: the standard error of a share of so many items."""
+    lines, count = [], result["items"]
+    names = {"accuracy": "accuracy", "accuracy_norm": "normalised accuracy"}
+    for key, name in names.items():
+        if key in result:
+            error = math.sqrt(result[key] * (1 - result[key]) / count)
+            value = f"{result[key]:.4f} ± {error:.4f}"
+            lines.append(f"| {task}, {name} | {value} | {count:,} items |")
+    if "perplexity" in result:
+        lines.append(f"| {task}, perplexity | {result['perplexity']:.2f} | {count:,} items |")
+    if result["cut"]:
+        lines.append(f"| {task}, contexts cut to block_size | {result['cut']:,} | |")
+    return lines
 
 
 def main():

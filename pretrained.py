@@ -10,8 +10,8 @@ A source of weights is
     FILE        one of those, whatever its name, or the ckpt.pt of nanoGPT
     gpt2:FILE   the same, in the spelling of older commands
 
-A weight that nothing uses is an error, as is one that is missing: a model with other sizes would
-compute something else without a word. Files are read with weights_only=True, so they run no code.
+A weight that is missing is an error, and so is one that nothing uses: the model would compute
+something else without a word. Files are read with weights_only=True, so they run no code.
 """
 
 import json
@@ -34,10 +34,10 @@ HUB = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-GPT2_VOCABULARY = (50257, 50304)  # tokens of GPT-2; the same, padded as nanoGPT does
+GPT2_VOCABULARY = (50257, 50304)  # how many tokens GPT-2 has; the same, padded as in nanoGPT
 GPT2_TOKENIZERS = ("gpt2", "r50k_base")  # two names for the same ids
 
-# What config.json may say beside the sizes: the model that model.py computes.
+# What config.json may say besides the sizes: the values of the model that model.py computes.
 ARCHITECTURE = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -57,9 +57,9 @@ LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 class Weights(NamedTuple):
     """Weights of GPT-2's kind under GPT-2's names; linear layers are (out, in), as in torch.
 
-    sizes   what they say of the model, by the names of GPTConfig's fields: n_layer, n_embd, n_mlp,
-            bias, block_size, vocab_size, and n_head where a file tells
-    notes   lines for the user, of what the model computes otherwise than the one they are from
+    sizes   of the model, by the names of GPTConfig's fields: n_layer, n_embd, n_mlp, bias,
+            block_size, vocab_size, and n_head where a file says it
+    notes   lines for the user on how our model differs from the one that the weights are from
     """
 
     source: str
@@ -72,9 +72,9 @@ class Weights(NamedTuple):
 
 
 def is_gpt2(source):
-    """Whether `source` names weights of GPT-2's kind, which `read_weights` may refuse all the same.
+    """Whether `source` seems to name weights of GPT-2's kind; `read_weights` may still refuse them.
 
-    False for a checkpoint of ours, the folder of a run, and what does not exist. Asks no network.
+    False for a checkpoint of ours, the folder of a run, and what does not exist. Uses no network.
     """
     if source in ("scratch", "resume", "auto"):
         return False
@@ -95,9 +95,9 @@ def is_gpt2(source):
 def gpt2_model(source, **changes):
     """-> a GPT in eval mode, in float32 on the CPU, that computes what the weights' own model does.
 
-    changes: fields of GPTConfig, such as mixer="tbp", n_streams=4 or a shorter block_size; without
-    any, one stream. Its tokens are those of the tokenizer gpt2, and weights of another vocabulary
-    are refused. Raises ValueError or RunError.
+    changes: fields of GPTConfig, such as mixer="tbp", n_streams=4 or a shorter block_size. Without
+    them the model has one stream. Its tokens are those of the tokenizer gpt2; weights of another
+    vocabulary are refused. Raises ValueError or RunError.
     """
     weights = read_weights(source)
     if weights.sizes["vocab_size"] not in GPT2_VOCABULARY:
@@ -112,8 +112,8 @@ def gpt2_model(source, **changes):
 def knobs(source):
     """["--n_layer=12", ...]: the knobs of train.py that a model for these weights needs.
 
-    They stand before the user's own, which win; `start_from` refuses the ones that do not fit.
-    Nothing for a source that cannot be read: `start_from` says what is wrong with it.
+    The user's own knobs come after them and win. `start_from` refuses those that do not fit, and
+    says what is wrong with a source that cannot be read; here that gives [].
     """
     if source in HUB:
         n_layer, n_head, n_embd = HUB[source]
@@ -127,10 +127,10 @@ def knobs(source):
 
 
 def start_from(source, model, meta):
-    """Copy the weights of `source` into `model`, which is to train on a data set. -> notes, lines.
+    """Copy the weights of `source` into `model`, which is to train on a data set -> notes, lines.
 
-    meta: the data set's, with tokenizer and vocab_size. Raises ValueError or RunError for weights
-    that are not of this model, and for a data set with other tokens than theirs.
+    meta: of the data set, with tokenizer and vocab_size. Raises ValueError or RunError for weights
+    that do not fit the model, and for a data set with other tokens than theirs.
     """
     weights = read_weights(source)
     vocab_size = weights.sizes["vocab_size"]
@@ -141,7 +141,7 @@ def start_from(source, model, meta):
             f"tokenizer, {tokenizer_name(meta['tokenizer'])}. Prepare the text again: "
             "python prepare_data.py --tokenizer gpt2 …"
         )
-    # Of nanoGPT's characters, an adopted data set has one more: the end of text.
+    # An adopted data set of nanoGPT's characters has one token more, the end of text.
     if not known and vocab_size not in (meta["vocab_size"], meta["vocab_size"] - 1):
         raise ValueError(
             f"the weights of {source} know {vocab_size:,} tokens, and the data "
@@ -158,7 +158,7 @@ def start_from(source, model, meta):
 
 
 def read_weights(source):
-    """-> Weights. Raises ValueError or RunError for what is missing, or is not GPT-2's."""
+    """-> Weights. Raises ValueError or RunError for weights that are missing or not GPT-2's."""
     files, config_file = find_files(source)
     config = read_json(config_file) if config_file else None
     state = {}
@@ -206,12 +206,12 @@ def find_files(source):
 
 
 def is_described(config_file):
-    """Whether there is a config.json of transformers; that of a run of ours has no model_type."""
+    """Whether there is a config.json of transformers; those of our runs have no model_type."""
     return config_file.exists() and "model_type" in read_json(config_file)
 
 
 def download(name, file):
-    """-> the path of a file of OpenAI's: from the Hub's cache, or else fetched. ValueError."""
+    """-> the path of a file of OpenAI's, from the Hub's cache or else from the Hub. ValueError."""
     remedy = "name a folder instead that has config.json and the weights"
     try:
         from huggingface_hub import constants, hf_hub_download
@@ -302,7 +302,7 @@ def torch_layout(source, state):
 
 
 def sizes_of(source, state):
-    """The sizes that the shapes tell. Raises ValueError where the largest weights are missing."""
+    """The sizes, from the shapes. Raises ValueError where the largest weights are missing."""
     for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
         if name not in state or state[name].ndim != 2:
             raise ValueError(
@@ -323,7 +323,7 @@ def sizes_of(source, state):
 
 
 def check_names(source, state, sizes):
-    """Raises ValueError unless the weights are those of a GPT-2 with these sizes, and no more."""
+    """Raises ValueError unless `state` has exactly the weights of a GPT-2 with these sizes."""
     expected = set(ENDS)
     for layer in range(sizes["n_layer"]):
         for part in ("ln_1", "ln_2", *LINEAR):
@@ -343,12 +343,12 @@ def check_names(source, state, sizes):
 
 
 def check_config(path, config, sizes):
-    """-> n_head. Raises ValueError where config, the content of the config.json at path, describes
-    another model than the weights are, or than model.py computes."""
+    """-> n_head. config: the content of the config.json at `path`. Raises ValueError where it does
+    not describe these weights, or not the model that model.py computes."""
     for name, allowed in ARCHITECTURE.items():
         if name in config and config[name] not in allowed:
             raise ValueError(
-                f"{path}: {name} is {config[name]!r}; model.py computes {allowed[0]!r} alone"
+                f"{path}: {name} is {config[name]!r}, and model.py computes only {allowed[0]!r}"
             )
     for name, ours in SIZES.items():
         if name in config and config[name] != sizes[ours]:
@@ -362,9 +362,10 @@ def check_config(path, config, sizes):
 
 
 def with_heads(sizes):
-    """The sizes with n_head: where no file tells it, 64 channels a head, as in OpenAI's models."""
-    guess = {"n_head": sizes["n_embd"] // 64} if sizes["n_embd"] % 64 == 0 else {}
-    return guess | sizes
+    """The sizes with n_head. Where no file says it, a head has 64 channels, as OpenAI's have."""
+    if "n_head" in sizes or sizes["n_embd"] % 64:
+        return sizes
+    return {"n_head": sizes["n_embd"] // 64, **sizes}
 
 
 def build(weights, **changes):
@@ -381,9 +382,9 @@ def build(weights, **changes):
 def load_weights(model, weights):
     """Copy Weights into the branches and embeddings of a model with any mixer -> notes, lines.
 
-    At the start the n-stream model computes what the weights' own model computes. Positions beyond
-    block_size are left out, which a note says; tokens beyond the weights' vocabulary, which only
-    pad the model's, keep their start. Raises ValueError where sizes or shapes differ.
+    The n-stream model then computes what the weights' own model computes. Positions beyond
+    block_size are left out, and a note says so. The model's rows for tokens that the weights do not
+    have stay as they are. Raises ValueError where sizes or shapes differ.
     """
     check_sizes(model.config, weights)
     names = {name: gpt2_name(name) for name, _ in model.named_parameters() if is_gpt2s(name)}
@@ -391,7 +392,7 @@ def load_weights(model, weights):
     for name, theirs in names.items():
         parameter, tensor = parameters[name], weights.state[theirs]
         rows = len(parameter)
-        if name.startswith("embed."):  # where `check_sizes` has seen to the numbers of rows
+        if name.startswith("embed."):  # `check_sizes` allows other numbers of rows
             rows = min(rows, len(tensor))
             tensor = tensor[:rows]
         if tensor.shape != parameter[:rows].shape:
@@ -440,7 +441,7 @@ def check_sizes(config, weights):
 
 
 def is_gpt2s(name):
-    """Whether a parameter of ours is one that GPT-2 has: no hyper-connection's, and no start's."""
+    """Whether GPT-2 has this parameter. It has none of those that handle streams."""
     return not any(part in name for part in (".hc_", "read_out", "offsets", "x0_scalars"))
 
 

@@ -5,17 +5,17 @@ A trained model with another mixer.
     >>> left_out = drop_what_misleads(model, new, idx)
     >>> measure(model, new, idx, targets)                  # lines of text
 
-With n streams:
+From n streams:
 * The biases of the mix become those at which the other mixer gives the same M, by its inverse. So
   every M is the same before a token adds to it. Where the other mixer does not reach M, the nearest
   M that it reaches is taken, and `with_mixer` returns how far off it is.
 * What a token adds to M has no exact counterpart. The rows of phi are multiplied by the derivative
   of the new logits with respect to the old ones, taken at the biases: the new M is the old one to
-  first order in what the token adds. Where M lies near the border of what the other mixer reaches,
-  that order is not enough: a small step of M takes a large one of the logits. In a sublayer where
-  M is nearer on average without any phi, these rows of phi are 0.
+  first order in what the token adds. Where M is almost out of the other mixer's reach, a small step
+  of M is a large step of the logits, and first order is not enough. These rows of phi are set to 0
+  in each sublayer where that brings the new M, on average, nearer to the old one.
 * Reads, writes, their gates, scales of M and everything else are copied.
-From one stream, the streams start as equal copies: the new model computes the same function.
+From one stream: the streams start as equal copies, and the new model computes the same function.
 """
 
 from dataclasses import replace
@@ -28,16 +28,16 @@ from model import GPT
 from streams import HyperConnection
 from tokenizer import tokenizer_name
 
-AT_ONCE = 1024  # tokens in a batch that is measured on
+AT_ONCE = 1024  # tokens in a batch on which the models are compared
 
 
 def with_mixer(old, mixer, n_streams, options):
     """The model `old` with another mixer -> the new model, and {sublayer: how far an entry of its M
-    is off at the biases}, which is empty where `old` has one stream. Raises ValueError."""
+    is off at the biases, at most}; {} where `old` has one stream. Raises ValueError."""
     config = old.config
     from_one = find_mixer(config.mixer).one_stream
     if find_mixer(mixer).one_stream:
-        raise ValueError(f"{mixer} has one stream, and no n streams go into one; name another")
+        raise ValueError(f"{mixer} has one stream, and n streams do not fit into one; name another")
     if config.x0_scalars:
         raise ValueError("a model with x0_scalars has no counterpart with n streams")
     if from_one and not n_streams:
@@ -63,18 +63,19 @@ def with_mixer(old, mixer, n_streams, options):
 def translate(old, new):
     """Give the HyperConnection `new` the parameters of `old`, through the inverse of its mixer.
 
-    -> how far an entry of M is off at the biases, in absolute value.
+    -> the largest absolute error of an entry of M at the biases.
     """
     n, K_old, K_new = old.n_streams, old.n_mixer_logits, new.n_mixer_logits
-    gates, logits, scales = old.bias.double().split([2 * n, K_old, len(old.bias) - 2 * n - K_old])
+    parts = [2 * n, K_old, len(old.bias) - 2 * n - K_old]  # reads and writes, mix, scales of M
+    gates, logits, scales = old.bias.double().split(parts)
     M = mixing_matrix(old.mixer, logits, n, **old.options)
     nearest = reach(new.mixer, M, new.mix_start, **new.options)
     new.bias.copy_(torch.cat([gates, nearest, scales]))
     if old.dynamic:
-        there = jacobian(new.mixer, nearest, n, new.options)  # (n^2, K_new)
-        back = torch.linalg.pinv(there, rtol=1e-6)  # (K_new, n^2)
-        change = back @ jacobian(old.mixer, logits, n, old.options)  # (K_new, K_old)
-        gates, mix, scales = old.phi.double().split([2 * n, K_old, len(scales)])
+        to_M = jacobian(new.mixer, nearest, n, new.options)  # (n^2, K_new)
+        from_M = torch.linalg.pinv(to_M, rtol=1e-6)  # (K_new, n^2)
+        change = from_M @ jacobian(old.mixer, logits, n, old.options)  # (K_new, K_old)
+        gates, mix, scales = old.phi.double().split(parts)
         new.phi.copy_(torch.cat([gates, change @ mix, scales]))
         new.alpha.copy_(old.alpha)
     logits = new.bias[2 * n : 2 * n + K_new].double()  # as they are stored
@@ -94,7 +95,7 @@ def jacobian(mixer, logits, n, options):
 
 
 def reach(mixer, M, mix_start, **options):
-    """-> the logits (K,) at which the mixer gives M (n, n), or the nearest matrix that it has."""
+    """-> the logits (K,) at which the mixer gives M (n, n), or the nearest matrix it can give."""
     n = len(M)
     try:
         logits = mixing_logits(mixer, M, **options)
@@ -106,7 +107,7 @@ def reach(mixer, M, mix_start, **options):
 
 
 def nearest_logits(mixer, M, mix_start, **options):
-    """The logits at which the sum of the squared differences from M is least, from the start on."""
+    """The logits with the least sum of squared differences from M, by a search from the start."""
     logits = start_logits(mixer, len(M), mix_start, **options).double()
     if not len(logits):
         return logits
@@ -131,7 +132,8 @@ def nearest_logits(mixer, M, mix_start, **options):
 
 
 def matrices(old, new, idx):
-    """(sublayer, M of the old model, M of the new one), each M (B, T, n, n), on the old streams."""
+    """Yields (sublayer, M of the old model, M of the new one), each M (B, T, n, n). The streams are
+    those of the old model, for both."""
     streams = old.embed(idx)
     x0 = streams.x
     for layer, block in enumerate(old.blocks):
@@ -145,11 +147,11 @@ def matrices(old, new, idx):
 
 
 def sequences(block_size, tokenizer, n_vocab, data, tokens):
-    """-> idx (B, T) to measure on, and targets, or None with random tokens.
+    """-> idx (B, T), on which the models are compared, and targets; None for random tokens.
 
-    tokens              how many to look at, at least a sequence
-    data                the folder of a data set, whose validation split has them; None: random ones
-    tokenizer, n_vocab  the checkpoint's
+    tokens              how many there should be; it is at least one sequence
+    data                the folder of a data set: from its validation split. None: random tokens
+    tokenizer, n_vocab  of the checkpoint
     Raises ValueError for a data set of another tokenizer.
     """
     count = max(1, tokens // block_size)
@@ -167,8 +169,8 @@ def sequences(block_size, tokenizer, n_vocab, data, tokens):
 
 @torch.no_grad()
 def drop_what_misleads(old, new, idx):
-    """Set the rows of phi to 0 in each sublayer whose M is nearer to the old one without them, on
-    the tokens of idx. -> the names of these sublayers."""
+    """Set the mix's rows of phi to 0 in each sublayer whose M is nearer to the old one without
+    them, on average over the tokens of idx. -> the names of these sublayers."""
     some = idx[: max(1, AT_ONCE // idx.shape[1])]
     mapped = mean_differences(old, new, some)
     rows = {name: rows_of_mix(new.get_submodule(name)) for name in mapped}  # views of phi
@@ -188,7 +190,7 @@ def rows_of_mix(hc):
 
 
 def mean_differences(old, new, idx):
-    """{sublayer: the mean absolute difference of an entry of M}."""
+    """{sublayer: the mean absolute difference of the entries of M}."""
     return {
         name: (after - before).abs().mean().item()
         for name, before, after in matrices(old, new, idx)
@@ -198,20 +200,21 @@ def mean_differences(old, new, idx):
 @torch.no_grad()
 def measure(old, new, idx, targets):
     """Lines on how far the new model is from the old one, on idx and targets (B, T) or None."""
-    share = 1 / len(idx)
     goals = idx if targets is None else targets
     at_once = max(1, AT_ONCE // idx.shape[1])
-    losses, logits_off, moved = torch.zeros(2), 0.0, 0.0
+    losses, logits_off = torch.zeros(2), 0.0
     mean_off, most_off = {}, {}  # by sublayer
+    moved = 0.0  # how much M varies between tokens, summed over the sublayers
     for some, goal in zip(idx.split(at_once), goals.split(at_once)):
+        share = len(some) / len(idx)  # of the means
         (theirs, old_loss), (ours, new_loss) = old(some, goal), new(some, goal)
-        losses += share * len(some) * torch.stack([old_loss, new_loss])
+        losses += share * torch.stack([old_loss, new_loss])
         logits_off = max(logits_off, (ours - theirs).abs().max().item())
         for name, before, after in matrices(old, new, some):
-            off, here = (after - before).abs(), share * len(some)
-            mean_off[name] = mean_off.get(name, 0.0) + here * off.mean().item()
+            off = (after - before).abs()
+            mean_off[name] = mean_off.get(name, 0.0) + share * off.mean().item()
             most_off[name] = max(most_off.get(name, 0.0), off.max().item())
-            moved += here * (before - before.mean((0, 1))).abs().mean().item()
+            moved += share * (before - before.mean((0, 1))).abs().mean().item()
 
     source = "random tokens" if targets is None else "tokens of the validation split"
     lines = [f"measured on {idx.numel():,} {source}:"]

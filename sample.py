@@ -7,12 +7,12 @@ Text from a checkpoint; the tokenizer is the one that the checkpoint was trained
     python sample.py --out_dir=out/tbp --prompts=prompts.jsonl --out=completions.jsonl
     python sample.py --init_from=gpt2 --start="The residual stream"
 
-A sample depends on its prompt, the seed and its number, and not on what is written beside it: a
+A sample depends on its prompt, the seed and its number, and not on the other samples of a batch: a
 prompt in a file gives the same samples as the same prompt given by --start.
 
-A file of prompts is text with a prompt a line (an empty line is the beginning of a document), or,
-where its name ends in .jsonl, an object a line with a "prompt"; its other fields come back in the
-lines of --out, which adds "sample", "completion", "tokens" and "ended" (the document ended).
+A file of prompts has a prompt on each line; an empty line is the beginning of a document. Where its
+name ends in .jsonl, a line is an object with a "prompt". Its other fields come back in the lines of
+--out, with "sample", "completion", "tokens" and "ended" (whether the document ended).
 """
 
 import json
@@ -34,7 +34,7 @@ from trained import activation_dtype, open_trained
 # The model
 out_dir = "out"  # of the run
 checkpoint = "latest"  # latest, best, or a path
-init_from = ""  # instead of a run GPT-2's weights: gpt2, gpt2-medium, …, a folder or a file
+init_from = ""  # GPT-2's weights instead of a run: gpt2, gpt2-medium, …, a folder or a file
 # The prompts
 start = ""  # the prompt, or FILE:path; empty: the beginning of a document
 prompts = ""  # a file of many prompts instead
@@ -47,9 +47,9 @@ temperature = 0.8  # below 1 likelier, above 1 more varied; 0: always the likeli
 top_k = 200  # only the k likeliest tokens; 0: all
 top_p = 1.0  # only the likeliest tokens that together hold this probability
 seed = 1337
-stream = False  # show each sample as it is written, one after the other
+stream = False  # one sample after the other, each shown token by token
 # System
-batch_size = 16  # samples that are written side by side
+batch_size = 16  # samples at a time
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # of activations: auto (bfloat16 on cuda if it can, else float32), float32, bfloat16
 compile = True  # the step of a token through torch.compile, once; pays off for long texts
@@ -105,7 +105,7 @@ def read_json(line, number):
 
 
 def encode(tokenizer, text):
-    """The tokens of a prompt, after the end of text before which every document stood."""
+    """The tokens of a prompt. An end of text comes first, as before every document in training."""
     parts = text.split(END_OF_TEXT) if special_tokens else [text]
     if len(parts) > 1 and not parts[0]:
         parts = parts[1:]  # the prompt begins with the token itself
@@ -119,7 +119,7 @@ def encode(tokenizer, text):
 
 
 class Speed:
-    """Seconds and tokens: of prompts, of the step that compiles, and of all other steps."""
+    """Counts tokens and seconds: of prompts, of the step that compiles, and of all other steps."""
 
     def __init__(self):
         self.prompt_tokens = self.prompt_seconds = self.compile_seconds = 0
@@ -127,12 +127,15 @@ class Speed:
         self.compiling = compile  # the first step is still to come
 
     def add(self, prompt_tokens, times, new_tokens):
-        """times: when generation began, and when each token was there; new_tokens: how many."""
+        """times: when generation began, and when each step ended. new_tokens: of each step.
+
+        The first step reads the prompts, and the second one may compile."""
         self.prompt_tokens += prompt_tokens
         self.prompt_seconds += times[1] - times[0]
         if self.compiling and len(times) > 2:
+            self.compiling = False
             self.compile_seconds = times[2] - times[1]
-            times, new_tokens, self.compiling = times[1:], new_tokens[1:], False
+            times, new_tokens = times[1:], new_tokens[1:]
         self.new_tokens += sum(new_tokens[1:])
         self.new_seconds += times[-1] - times[1]
 
@@ -158,9 +161,9 @@ def step_logits(decoder):
 
 
 def write_samples(decoder, trained, texts, numbers, speed, show=None):
-    """Continue `texts`, lists of tokens, as the samples of these numbers.
+    """Continue `texts`, lists of tokens. numbers: that of each sample, which its seed depends on.
 
-    show: called with the tokens so far of the first, whenever there is one more.
+    show: called after each step with the tokens of the first sample so far.
     -> (the new tokens, whether the document ended) of each.
     """
     end = trained.tokenizer.eot_token
@@ -189,7 +192,7 @@ def write_samples(decoder, trained, texts, numbers, speed, show=None):
 
 
 class Console:
-    """Shows a text that grows. The end of it may be half a character, which waits for the rest."""
+    """Shows a text that grows. Half a character at its end is not shown before the rest comes."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.shown = tokenizer, 0
@@ -213,8 +216,8 @@ def stream_samples(decoder, trained, row, tokens, speed):
 
 
 def print_samples(samples, file):
-    """samples: (row, number, text, tokens, ended) of each. Those of a file of prompts go to `file`
-    as JSON lines."""
+    """samples: a list of (row, number, text, how many tokens, whether the document ended). With a
+    file of prompts they go to `file`, as JSON lines."""
     for row, number, text, tokens, ended in samples:
         if not prompts:
             print(f"--- sample {number + 1} ---\n{row['prompt']}{text}\n", flush=True)
@@ -228,7 +231,7 @@ def open_out():
     if not out:
         return sys.stdout
     try:
-        # Half a surrogate pair in another field is written as JSON's own escape.
+        # backslashreplace writes half a surrogate pair, in any field, as JSON's escape for it.
         return open(os.path.expanduser(out), "x", encoding="utf-8", errors="backslashreplace")
     except FileExistsError as error:
         raise ValueError(f"--out: {out} is there already; remove it, or name another") from error
@@ -271,13 +274,11 @@ def main():
             batch = jobs[first : first + batch_size]
             texts, numbers = [tokens[i] for i, _ in batch], [number for _, number in batch]
             written = write_samples(decoder, trained, texts, numbers, speed)
-            print_samples(
-                [
-                    (rows[i], number, trained.tokenizer.decode(sample), len(sample), ended)
-                    for (i, number), (sample, ended) in zip(batch, written)
-                ],
-                file,
-            )
+            samples = []
+            for (i, number), (sample, ended) in zip(batch, written):
+                text = trained.tokenizer.decode(sample)
+                samples.append((rows[i], number, text, len(sample), ended))
+            print_samples(samples, file)
     print(speed, file=sys.stderr)
 
 

@@ -17,12 +17,12 @@ import torch
 
 
 def windows(count, size, stride):
-    """How `count` targets are scored, each once, with windows of `size` tokens.
+    """Windows of at most `size` tokens in which `count` targets are scored, each target once.
 
-    Yields (begin, first, end): the window predicts the targets from `begin` to `end`, and those
-    from `first` on count. Target t is predicted from the tokens begin to t. stride 0: blocks side
-    by side, as in training. Otherwise each window begins `stride` tokens after the one before it,
-    so that all but the first `size` targets have at least size - stride tokens before them.
+    Yields (begin, first, end): the window predicts the targets begin, ..., end - 1 and scores those
+    from `first` on. Target t is predicted from the tokens begin, ..., t. stride 0: blocks side by
+    side, as in training. Otherwise each window begins `stride` tokens after the one before it, so
+    that all targets except the first `size` have at least size - stride tokens before them.
     """
     if not 0 <= stride <= size:
         raise ValueError(f"stride must lie between 0 and block_size {size}, not {stride}")
@@ -36,10 +36,10 @@ def windows(count, size, stride):
 
 @torch.no_grad()
 def text_loss(model, pieces, *, stride, batch_size):
-    """-> the sum of the losses in nats, and how many targets they are of.
+    """-> the sum of the losses in nats, and of how many targets it is.
 
-    pieces: arrays of tokens, each on its own; its first token is never a target. ValueError for a
-    stride that is not in [0, block_size].
+    pieces: arrays of tokens, which are scored apart; the first token of each is never a target.
+    ValueError for a stride that is not in [0, block_size].
     """
     size, device = model.config.block_size, model.embed.wte.weight.device
     rows = [
@@ -47,7 +47,7 @@ def text_loss(model, pieces, *, stride, batch_size):
     ]
     nats, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        # One shape for all, so that a compiled model is one graph: what pads is not a target.
+        # One shape for all, so that a compiled model is one graph. Padding is no target (-1).
         idx = torch.zeros(batch_size, size, dtype=torch.int64)
         targets = torch.full_like(idx, -1)
         scored = 0
@@ -63,7 +63,7 @@ def text_loss(model, pieces, *, stride, batch_size):
 
 
 def byte_count(tokenizer, tokens):
-    """The bytes of the text that `tokens`, an array, stand for; ends of text have none."""
+    """How many bytes of text the array `tokens` stands for; ends of text have none."""
     text = tokens[tokens != tokenizer.eot_token]
     parts = range(0, len(text), 1 << 20)
     return sum(len(tokenizer.decode_bytes(text[i : i + (1 << 20)].tolist())) for i in parts)
@@ -75,8 +75,8 @@ def byte_count(tokenizer, tokens):
 class Score(NamedTuple):
     log_probability: float  # of the whole ending, in nats
     tokens: int  # of the ending
-    likeliest: bool  # whether each of its tokens is the likeliest at its place
-    cut: bool  # whether the context was too long, and lost its beginning
+    likeliest: bool  # whether each of its tokens is the likeliest at its position
+    cut: bool  # whether the context was too long and lost its beginning
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def score_endings(model, pairs, *, batch_size):
     if longest > size:
         raise ValueError(f"an ending of {longest} tokens is longer than block_size {size}")
     scores = [None] * len(pairs)
-    # Rows of about the same length side by side, since the shorter ones are padded.
+    # Pairs of about the same length together, since shorter ones are padded.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -124,7 +124,8 @@ def hellaswag(items, scores):
         own = scores[first : first + count]
         by_sum = max(range(count), key=lambda k: own[k].log_probability)
         by_mean = max(range(count), key=lambda k: own[k].log_probability / own[k].tokens)
-        right, right_norm = right + (by_sum == label), right_norm + (by_mean == label)
+        right += by_sum == label
+        right_norm += by_mean == label
         first += count
     return {
         "items": len(items),

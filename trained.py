@@ -1,6 +1,5 @@
 """
-A trained model to use: the weights, the tokenizer and the dtype that belong together, wherever they
-come from.
+A trained model, to be used: its weights, and the tokenizer and dtype that belong to them.
 
     trained = open_trained("out/tbp", "best", "", device)
     trained.model(idx), trained.tokenizer.decode(ids)
@@ -18,22 +17,22 @@ from model import GPT, GPTConfig
 from runtime import RunError
 from tokenizer import get_tokenizer, tokenizer_name
 
-DEFAULTS = ("out", "latest")  # of the scripts' knobs out_dir and checkpoint
+DEFAULTS = ("out", "latest")  # of the knobs out_dir and checkpoint, in the scripts
 
 
 class Trained(NamedTuple):
     model: GPT  # in eval mode, on the device
     tokenizer: Any
     n_vocab: int  # ids that the tokenizer has; what lies beyond is padding
-    title: str  # where it comes from, in a line
-    about: dict  # the same for a file of results
+    title: str  # where the model comes from, in a line
+    about: dict  # the same, for a file of results
 
 
 def open_trained(out_dir, checkpoint, init_from, device):
     """-> Trained: a checkpoint of the run in out_dir (latest, best, or a path), or, where init_from
     names them, weights of GPT-2's kind (pretrained.py).
 
-    Raises RunError or ValueError for what cannot be had.
+    Raises RunError or ValueError for what cannot be opened.
     """
     if init_from and (out_dir, checkpoint) != DEFAULTS:
         raise ValueError("--init_from names other weights than --out_dir or --checkpoint; give one")
@@ -73,7 +72,7 @@ def open_gpt2(source, device):
 
 
 def find_checkpoint(out_dir, checkpoint):
-    """The path that is meant. Raises RunError where the run has no checkpoint."""
+    """checkpoint: latest, best, or a path -> the path. RunError where the run has none."""
     if checkpoint == "best":
         return os.path.join(out_dir, "best.pt")
     if checkpoint != "latest":
