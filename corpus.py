@@ -93,7 +93,7 @@ def read_whole(path):
 
 
 def _matches(pattern):
-    """-> the paths that a pattern finds. Folders at its beginning that exist are taken as they are."""
+    """-> the paths that a pattern finds. Folders at its beginning that exist are plain names."""
     folder = next(parent for parent in Path(pattern).parents if parent.exists())
     if folder == Path("."):
         return glob.glob(pattern, recursive=True)

@@ -1,5 +1,5 @@
 """
-What a run tells of itself while it goes: counts, a clock, and the lines of its log.
+What a run reports while it goes: counts, a clock, and the lines of its log.
 
     tally, clock = Tally([0.0] * 5, device), Clock(step)
     tally.add(bad, norm, grad_clip)             # every step; the host does not wait
@@ -13,15 +13,15 @@ import torch
 
 
 class Tally:
-    """Counts kept on the device, for reading a number makes the host wait.
+    """Counts on the device: only `read` makes the host wait for it.
 
     bad_in_a_row    steps in a row, up to now, whose loss or gradient was not finite
-    worst           the most in a row
+    worst           the most of them in a row
     skipped         steps that were not finite; their updates were skipped
     clipped         steps whose gradient was clipped
     norm_max        the largest norm of a finite gradient
 
-    All but the first are of the steps since `reset`.
+    `reset` sets all but the first to 0.
     """
 
     def __init__(self, counts, device):
@@ -35,8 +35,8 @@ class Tally:
         ) = torch.tensor(counts, device=device)
 
     def add(self, bad, norm, limit):
-        """A step: whether its loss or gradient is not finite, its gradient's norm, and the norm
-        above which it was clipped."""
+        """Count a step. bad: whether its loss or gradient is not finite. norm: of its gradient,
+        which is clipped where it is above `limit`. All are tensors but the limit."""
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         self.worst = torch.maximum(self.worst, self.bad_in_a_row)
         self.skipped = self.skipped + bad
@@ -89,7 +89,7 @@ def metrics_line(step, logged_step, tally, clock, loss, norm, lr):
 
 
 def log_line(line, max_iters, tokens_per_step, ideal_ms=0.0, seconds_left=0.0):
-    """A line of metrics as text. ideal_ms: of a step at the devices' peak flops; 0 is unknown."""
+    """A line of metrics as text. ideal_ms: of a step at the devices' peak flops; 0: unknown."""
     tokens_per_second = tokens_per_step / line["ms"] * 1e3
     text = (
         f"step {line['step']}/{max_iters} | loss {line['loss']:.4f} | norm {line['norm']:.3f} | "

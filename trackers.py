@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runtime import RunError
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb_project": "wandb"}  # what a knob needs
+PACKAGES = {"tensorboard": "tensorboard", "wandb_project": "wandb"}  # knob: the package it needs
 
 
 def check_packages(config):
@@ -30,7 +30,7 @@ def check_packages(config):
 def open_trackers(config, step, provenance):
     """-> the trackers that the knobs ask for.
 
-    step: of the checkpoint that the run goes on from, None where it begins. Raises RunError.
+    step: of the checkpoint from which the run goes on; None: the run begins. Raises RunError.
     """
     trackers = []
     if config["tensorboard"]:
@@ -47,7 +47,7 @@ class TensorBoard:
     def __init__(self, out_dir, step):
         from torch.utils.tensorboard import SummaryWriter
 
-        # As in metrics.jsonl, what a killed run wrote beyond its checkpoint is no more.
+        # What a killed run wrote beyond its checkpoint is removed, as from metrics.jsonl.
         beyond = 0 if step is None else step + 1
         self.writer = SummaryWriter(str(Path(out_dir) / "tensorboard"), purge_step=beyond)
 
@@ -59,7 +59,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a project; out_dir/wandb_id keeps which, for when it is resumed."""
+    """A run of a project there. out_dir/wandb_id keeps its id, for when the run is resumed."""
 
     def __init__(self, out_dir, step, project, about):
         import wandb
@@ -82,7 +82,7 @@ class WeightsAndBiases:
                 f"Weights & Biases could not begin a run of {project} ({error}). Run wandb login, "
                 "or set WANDB_MODE=offline, or leave --wandb_project out"
             ) from error
-        # Its own count of steps cannot go back, as a run does that is resumed after a kill.
+        # wandb's own step can never go back, and a run that is resumed after a kill does.
         self.run.define_metric("*", step_metric="step")
 
     def write(self, line):

@@ -5,15 +5,15 @@ The weights that a new run begins with: a checkpoint of ours, or GPT-2's kind (p
     python train.py --init_from=out/tbp/ckpt_0002000.pt --block_size=512 --dropout=0.1
     python train.py config/finetune.py --init_from=auto:gpt2 --dataset=mytexts  # or goes on
 
-A run's folder means its best.pt, or where there is none its newest checkpoint. The step and the
-optimizer start anew; data, schedule, dropout and weight decay are the new run's own. The model's
-knobs that nobody names are the checkpoint's, and others than its own are refused.
+A run's folder means its best.pt, or its newest checkpoint where there is no best.pt. The new run
+begins at step 0 with a new optimizer, and has its own data, schedule, dropout and weight decay.
+Knobs of the model that the user does not name are the checkpoint's; other values are refused.
 
-With auto: before the weights, the same command begins the run and, once it has a checkpoint, goes
-on with it. The model's knobs are then the run's, and the weights are not read again.
+With auto: before the weights, the same command begins the run and, once the run has a checkpoint,
+continues it. The model's knobs are then the run's, and the weights are not read again.
 
-block_size may differ. A shorter one drops the last positions. The positions of a longer one that
-the checkpoint has not start from the initialisation, as those of a model from scratch do.
+block_size may differ. A shorter one drops the last positions. In a longer one the positions that
+the checkpoint does not have begin at their initialisation, as in a model from scratch.
 """
 
 from dataclasses import asdict
@@ -27,27 +27,27 @@ from model import GPTConfig
 from runtime import RunError
 from tokenizer import tokenizer_name
 
-NO_WEIGHTS = ("scratch", "resume", "auto")  # what else the knob init_from may be
+NO_WEIGHTS = ("scratch", "resume", "auto")  # values of the knob init_from that name no weights
 AUTO = "auto:"  # before weights: resume if there is a run
-# Fields of GPTConfig that the new model may have otherwise. What train.py calls the vocabulary is
-# the data set's, and `check_tokens` compares the tokens.
+# Fields of GPTConfig in which the new model may differ. vocab_size comes from the data set, and
+# `check_tokens` compares the tokens themselves.
 FREE = ("block_size", "vocab_size", "dropout", "stream_dtype")
 
 
 def weights_of(init_from, out_dir):
-    """The weights that a run begins with, or "" where it begins without any, or goes on."""
+    """The weights that a run begins with; "" where it begins without any, or is continued."""
     if init_from in NO_WEIGHTS or goes_on(init_from, out_dir):
         return ""
     return init_from.removeprefix(AUTO)
 
 
 def goes_on(init_from, out_dir):
-    """Whether auto: stands before the weights, and the run in out_dir has begun already."""
+    """Whether init_from is auto: and weights, and the run in out_dir has a checkpoint."""
     return init_from.startswith(AUTO) and bool(checkpoint.checkpoints(out_dir))
 
 
 def check_source(init_from, out_dir):
-    """Raises ValueError where the knob init_from can be nothing."""
+    """Raises ValueError where the knob init_from has no meaning."""
     if init_from.startswith(AUTO) and init_from.removeprefix(AUTO) in ("", *NO_WEIGHTS):
         raise ValueError(f"init_from = {init_from!r}: after {AUTO} weights are named, or say auto")
     source = weights_of(init_from, out_dir)
@@ -61,9 +61,9 @@ def check_source(init_from, out_dir):
 def knobs(init_from, out_dir):
     """["--n_layer=12", ...]: the knobs of train.py that a model for these weights needs.
 
-    They stand before the user's own. Nothing where there are no weights, and none for weights that
-    cannot be read: `start_from` says what is wrong with them. Where auto: goes on with the run in
-    out_dir, they are that run's.
+    The user's own knobs come after them and win. [] where init_from names no weights, and for
+    weights that cannot be read: `start_from` says what is wrong with them. Where auto: continues
+    the run in out_dir, the knobs are that run's.
     """
     source = out_dir if goes_on(init_from, out_dir) else weights_of(init_from, out_dir)
     if not source:
@@ -83,8 +83,8 @@ def knobs(init_from, out_dir):
 def start_from(source, model, meta):
     """Put the weights into `model`, which is to train on the data set of `meta`.
 
-    -> lines for the user. Raises ValueError or RunError for weights of another model, or with
-    other tokens than the data set's.
+    -> lines for the user. Raises ValueError or RunError for weights that do not fit the model, or
+    a data set with other tokens than theirs.
     """
     if pretrained.is_gpt2(source):
         return pretrained.start_from(source, model, meta)
@@ -107,7 +107,7 @@ def start_from(source, model, meta):
 
 
 def find(source):
-    """-> the checkpoint that is meant. Raises RunError where a folder has none."""
+    """-> the path of the checkpoint. Raises RunError where a folder has none."""
     path = Path(source).expanduser()
     if not path.is_dir():
         return path
@@ -122,8 +122,8 @@ def find(source):
 def check_tokens(path, state, meta):
     """Raises ValueError unless the weights and the data set have the same tokens."""
     then, now = state["tokenizer"], meta["tokenizer"]
-    names = pretrained.GPT2_TOKENIZERS  # of the same ids
-    if tokenizer_name(then) != tokenizer_name(now) and not (then in names and now in names):
+    both_gpt2 = then in pretrained.GPT2_TOKENIZERS and now in pretrained.GPT2_TOKENIZERS
+    if tokenizer_name(then) != tokenizer_name(now) and not both_gpt2:
         raise ValueError(
             f"{path} was trained on tokens of {tokenizer_name(then)}, and the data set's are of "
             f"{tokenizer_name(now)}, so that every id would mean something else. Prepare the texts "
@@ -146,8 +146,8 @@ def check_model(path, then, now):
 
 
 def with_rows_of(model, weights):
-    """-> weights with as many positions and tokens as the model has: cut, or continued by the rows
-    that the model started with."""
+    """-> weights with as many positions and tokens as the model has: rows are dropped at the end,
+    or added from the model's initialisation."""
     fitting, own = dict(weights), model.state_dict()
     for name in ("embed.wpe.weight", "embed.wte.weight"):
         start = own[name].cpu()

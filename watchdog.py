@@ -7,13 +7,13 @@ Ends a job of several processes that hangs, and names the rank that the others w
 Each process beats BEATS times in `seconds`: its thread writes to the store of the job how many
 collectives the process has entered. After `seconds` two kinds of ranks are given up:
 
-* One that beats no more. The process was stopped, or the machine was.
-* One that has entered fewer collectives than another process, and enters no more. It waits for
-  something else than the others do, such as a disk.
+* A rank that has stopped beating. Its process was stopped, or its machine.
+* A rank that has entered fewer collectives than another, and enters no more. It waits for something
+  that the others do not wait for, such as a disk.
 
 Each process that notices ends with status 1, and one on each machine says why. torchrun then ends
-the rest, or begins them again (--max-restarts). A process counts its own beats rather than seconds,
-so that a job goes on which was suspended as a whole.
+the others, or starts all of them again (--max-restarts). A process measures time in its own beats
+and not in seconds: so a job that was suspended as a whole goes on.
 """
 
 import atexit
@@ -30,10 +30,10 @@ BEATS = 20  # in the time after which a rank is given up
 
 
 class Peer:
-    """Another process: what it wrote last, and for how many of our beats that has been the same.
+    """Another process: what it wrote last, and for how many of our beats that has not changed.
 
-    silent      beats of ours since its last one
-    still       beats of ours since it last entered a collective
+    silent      our beats since its last beat
+    still       our beats since it last entered a collective
     """
 
     def __init__(self):
@@ -60,16 +60,16 @@ def missing_ranks(store, rank, world_size, seconds):
 
 
 def watch(store, rank, world_size, groups, seconds):
-    """Start the thread that beats and listens. Every rank must have been there.
+    """Start the thread that beats and listens, once `missing_ranks` has found all ranks.
 
     groups: the process groups whose collectives are counted.
     """
-    own = store.clone()  # of this thread: a process's other waits do not hold up its beat
+    own = store.clone()  # only for the thread: no other wait of this process delays its beat
     ended = threading.Event()
     arguments = (own, rank, world_size, groups, seconds, ended)
     thread = threading.Thread(target=beat_and_listen, args=arguments, daemon=True)
     thread.start()
-    # Python aborts where it ends while a daemon thread is inside C++, here the store.
+    # Python aborts if it ends while a daemon thread is inside C++ code, here that of the store.
     atexit.register(stop, thread, ended)
 
 
@@ -84,13 +84,13 @@ def beat_and_listen(store, rank, world_size, groups, seconds, ended):
     for beat in itertools.count(1):
         if ended.wait(seconds / BEATS):
             return
-        # No name in torch is public for this; the tests hold that it counts what is entered.
+        # torch has no public name for this. The tests check that it counts entered collectives.
         entered = sum(group._get_sequence_number_for_group() for group in groups)
         try:
             store.set(f"beat/{rank}", f"{beat} {entered}")
             heard = store.multi_get(keys)
         except RuntimeError as error:
-            if ended.wait(seconds):  # a job that has ended takes its store with it, and us as well
+            if ended.wait(seconds):  # the whole job has ended, this process too
                 return
             end(f"the store of the job does not answer ({str(error).splitlines()[0]})")
         for peer, text in zip(peers.values(), heard):
@@ -103,26 +103,23 @@ def beat_and_listen(store, rank, world_size, groups, seconds, ended):
 
 
 def given_up(peers, entered):
-    """-> (ranks, reason) where there are such ranks, else None.
+    """-> (ranks, reason) of the ranks that are given up; None where there are none.
 
     peers: {rank: Peer}. entered: how many collectives this process has entered.
     """
     silent = [rank for rank, peer in peers.items() if peer.silent >= BEATS]
     if silent:
         return silent, "gave no sign of life for"
-    least = min(peer.entered for peer in peers.values()) if peers else entered
-    behind = [
-        rank
-        for rank, peer in peers.items()
-        if peer.entered == least < entered and peer.still >= BEATS
-    ]
-    if behind:
-        return behind, "did not come to where the others wait, for"
-    return None
+    least = min((peer.entered for peer in peers.values()), default=entered)
+    if least >= entered:
+        return None  # no rank is behind this one
+    behind = [rank for rank, peer in peers.items() if peer.entered == least and peer.still >= BEATS]
+    return (behind, "did not come to where the others wait, for") if behind else None
 
 
 def end(reason):
-    """End this process, whatever its main thread waits for; reason: "" where another said it."""
+    """End this process, whatever its main thread waits for. reason: "" where another process of
+    this machine has said it."""
     if reason:
         print(
             f"RunError: {reason}, so this run ends. Look after that process and its machine, then "
