@@ -6,12 +6,14 @@ Tokens per second of generation on a CPU, beside nanoGPT's way of doing it.
     OMP_NUM_THREADS=2 python -m dev.cpu_generate --dtype=bfloat16
 
 The yardstick runs the one-stream model eagerly on the whole text for every token, as nanoGPT's
-`generate` does; on a CPU that is in float32, and one sample after the other. All take turns in one
+`generate` does: on a CPU in float32, and one sample after the other. All models take turns in one
 process: at each of `places` places, evenly spaced over the new tokens, first one token of the
-yardstick, then `steps` of each model with a cache. The time of the yardstick is the mean over the
-places, since it grows with the text; the others' is the median. CPU seconds are those of all
-threads; on a busy machine they are the steadier figure, with one thread, for threads that wait for
-each other spend them as well. Weights are random: they do not change the time.
+yardstick, then `steps` tokens of each model with a cache. The yardstick's time is the mean over the
+places, since it grows with the text; the others' time is the median.
+
+CPU seconds are those of all threads. On a busy machine they vary less, if there is one thread:
+threads that wait for each other spend CPU seconds too. Weights are random, which does not change
+the time.
 """
 
 import statistics
@@ -92,9 +94,11 @@ class Times:
 
 
 def main():
-    plain, models = build("residual"), {name: build(name) for name in mixers.split(",")}
+    plain = build("residual")
+    models = {name: build(name) for name in mixers.split(",")}
     activations = getattr(torch, dtype)
-    length, numbers = prompt_tokens + new_tokens, torch.rand(rows, dtype=torch.float64)
+    length = prompt_tokens + new_tokens
+    numbers = torch.rand(rows, dtype=torch.float64)
     decoders, logits = {}, {}
     for name, model in models.items():
         if activations != torch.float32:

@@ -5,8 +5,8 @@
     python dev/english.py unpacked data/english.jsonl
     python prepare_data.py --files data/english.jsonl --tokenizer bytes --name english
 
-Both packages hold the text itself; nothing else is fetched. The novels are in the public domain
-(the package is MIT), the FAQ is GPL-2. A document is a chapter of a novel or a section of the FAQ.
+Both packages hold the texts; nothing else is fetched. The novels are in the public domain (the
+package is MIT), the FAQ is GPL-2. A document is a chapter of a novel or a section of the FAQ.
 """
 
 import gzip
@@ -20,11 +20,9 @@ from pathlib import Path
 
 NOVELS = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 FAQ = "usr/share/doc/anarchism/markdown"
-EARLIER_VERSIONS = (
-    "append13",
-    "append41",
-)  # of sections F and H: their text would be in both splits
-SHORTEST = 500  # characters; what is shorter is a title page or a list of contents
+# Earlier versions of sections F and H: their text would be in both splits.
+EARLIER_VERSIONS = ("append13", "append41")
+SHORTEST = 500  # characters; anything shorter is a title page or a list of contents
 
 
 def main(unpacked, out):
@@ -37,7 +35,8 @@ def main(unpacked, out):
     print(f"{out}: {len(documents):,} documents, {characters:,} characters, sha256 {digest}")
 
 
-# ---- R's lazy-load file: records of (length, zlib stream), each a serialised character vector ----
+# ---- the novels --------------------------------------------------------------------------------
+# R's lazy-load file: records of (length, zlib stream), each a serialised character vector.
 
 
 def novels(path):
@@ -66,7 +65,8 @@ def character_vector(record):
     return strings
 
 
-# ---- the FAQ: Markdown, one file a chapter, its sections under headings ----
+# ---- the FAQ -----------------------------------------------------------------------------------
+# Markdown: a file for each chapter, with a heading above each section.
 
 
 def faq(folder):

@@ -3,9 +3,9 @@ Tokens per second of generation with a cache: several streams beside one.
 
     python -m dev.gpu_generate --folder=out-gpu             # 12 layers x 768, one and 16 sequences
 
-The models take turns; a figure is the median of the rounds, with the slowest and the fastest.
-Reading the prompts counts as well, compiling does not. Weights are random, since they do not change
-the time. FOLDER/generate.json has all figures.
+The models take turns. A figure is the median of the rounds, beside the slowest and the fastest. The
+time includes reading the prompts, and not compiling. Weights are random, which does not change the
+time. FOLDER/generate.json has all figures.
 """
 
 import json
@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 folder = "out-gpu"  # everything is written here
 mixers = "residual,identity,hc,tbp"  # names of mixers.MIXERS; ratios are to the first
 n_streams = 4
-batches = "1,16"  # sequences that are continued at a time
+batches = "1,16"  # how many sequences at a time; a row of the table for each number
 prompt_tokens = 32
 new_tokens = 256
 rounds = 5
@@ -61,7 +61,7 @@ def build(mixer, where):
 
 
 def time_generation(decoder):
-    """Seconds that new_tokens for each row of the decoder take."""
+    """The seconds for new_tokens tokens of each row of the decoder."""
     wait = getattr(torch, decoder.device.type).synchronize
     prompts = [[0] * prompt_tokens] * decoder.rows
     wait()

@@ -1,7 +1,7 @@
 """
 Is the compiled model right on this GPU (or CPU)? Every mixer, and runs that are killed or shared.
 
-    python -m dev.gpu_right --folder=out-gpu        # again: what the last call did not get to
+    python -m dev.gpu_right --folder=out-gpu        # the same again: what is not checked yet
     python -m dev.gpu_right --folder=out-gpu --mixers=identity,tbp --streams=4
 
 Two questions, in this order:
@@ -11,10 +11,10 @@ Two questions, in this order:
    have the losses of one?
 2. For every mixer, dynamic and static, each number of streams, and activations in float32 and in
    bfloat16 (autocast): are loss and gradients of the compiled model those of the same model in
-   float64? Rounding is measured on the eager model: the compiled one may be off by twice as much.
+   float64? The compiled model may be off by twice as much as the eager one, which only rounds.
 
-A call ends by itself after `seconds`. Results go line by line to FOLDER/right.jsonl; its first line
-says what made them. The exit status is 1 where something is wrong.
+A call ends after `seconds`. Results go line by line to FOLDER/right.jsonl; its first line says what
+made them. The exit status is 1 if a check failed.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ mixers = "all"  # names of mixers.MIXERS with commas between, or all
 streams = "2,4,8"  # numbers of streams
 dtypes = "float32,bfloat16"  # of activations
 seconds = 540  # the call ends after this time
-jobs = 0  # checks at a time; 0: one a core on a GPU machine, else 1
+jobs = 0  # checks at a time; 0: as many as CPU cores with a GPU, else 1
 device = "auto"  # auto, cpu, cuda, cuda:1
 n_layer = 2
 n_embd = 256
@@ -53,7 +53,7 @@ n_head = 4
 block_size = 128
 batch_size = 4
 compile_runs = True  # whether the runs of train.py compile
-max_iters = 20  # steps of a run; it is killed at half of them
+max_iters = 20  # steps of a run; one run is killed at half of them
 config = configure(globals())
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +123,7 @@ def train_command(out_dir, processes=1, **knobs):
 
 
 def train(out_dir, processes=1, **knobs):
-    """Run train.py to its end -> the output. RuntimeError where it fails."""
+    """Run train.py to its end -> what it printed. RuntimeError where it fails."""
     command = train_command(out_dir, processes, **knobs)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -134,7 +134,7 @@ def train(out_dir, processes=1, **knobs):
 def kill_at_half(out_dir):
     """Begin a run and kill it (SIGKILL) once the checkpoint at half of its steps is there.
 
-    RuntimeError where it ends without one.
+    RuntimeError where the run ends without this checkpoint.
     """
     half = out_dir / f"ckpt_{max(1, max_iters // 4) * 2:07d}.pt"
     process = subprocess.Popen(train_command(out_dir), cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -217,7 +217,7 @@ def all_cases():
 
 
 def build(mixer, dynamic, n):
-    """A model away from its start, where gradients of much are 0."""
+    """A model whose parameters are not those of the start, where many gradients are 0."""
     torch.manual_seed(0)
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": block_size}
     model = GPT(
@@ -240,8 +240,8 @@ def loss_and_gradients(model, batch, context):
 
 
 def distance(found, wanted):
-    """The largest relative error of a tensor, and its name. A tensor of less than 1e-3 of the
-    largest gradient's norm counts as if it had that."""
+    """The largest relative error of a tensor, and its name. An error is divided by the tensor's
+    norm, or by 1e-3 of the largest gradient's norm where that is more."""
     norms = {name: tensor.norm().item() for name, tensor in wanted.items()}
     floor = 1e-3 * max(norm for name, norm in norms.items() if name != "loss")
     errors = {
@@ -290,7 +290,7 @@ def check_case(case):
 
 
 def open_results(path):
-    """-> the results of earlier calls. ValueError where another commit or machine made them."""
+    """-> the results of earlier calls. ValueError if another commit or machine made them."""
     provenance = runtime.provenance() | {"command": None}
     machine = runtime.describe_machine(runtime.pick_device(device)) | {"threads": None}
     about = {"provenance": provenance, "machine": machine}

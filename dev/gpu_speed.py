@@ -3,14 +3,16 @@ What a training step costs on a GPU with each mixer, beside a plain GPT-2 and th
 
     python -m dev.gpu_speed --folder=out-gpu                # 12 layers x 768, 16 x 1024 tokens
     python -m dev.gpu_speed --folder=out-gpu --n_layer=24 --n_embd=1024 --n_head=16
-    python -m dev.gpu_speed --folder=out-gpu                # again: what was not reached
+    python -m dev.gpu_speed --folder=out-gpu                # again: what is not measured yet
 
 Each group of mixers is a run of bench.py, whose file FOLDER/speed_LxC_MIXERS.json has all figures:
-tokens per second in turn with `plain` and `residual`, median, slowest and fastest round; MFU; GB/s
-of the kernels that touch the streams beside a copy's; peak memory; compile seconds cold and warm.
-The first group runs with deterministic = False as well. A call ends by itself after `seconds`; a
-group that it had to stop begins anew in the next call. The last table has all groups so far;
-before it stand the kernels of a step of the first mixer, bytes and time, to compare with dev.h100.
+tokens per second in turns with `plain` and `residual` (median, slowest and fastest round); MFU;
+GB/s of the kernels that touch the streams, and of a copy; peak memory; seconds to compile, with an
+empty cache and a full one. The first group also runs with deterministic = False.
+
+A call ends after `seconds`. A group that was stopped then is measured again in the next call. The
+last table has all groups so far. The table before it has the kernels of a step of the first mixer,
+with bytes and time, to compare with dev.h100.
 """
 
 import json
@@ -72,7 +74,7 @@ def bench_command(group, first):
 
 
 def run_until(command, deadline):
-    """Whether the command ended, and well, before the deadline. Its processes do not outlive it."""
+    """Run the command; kill its processes at the deadline. -> whether it ended well before that."""
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         return process.wait(timeout=max(0.0, deadline - time.time())) == 0
@@ -83,9 +85,9 @@ def run_until(command, deadline):
 
 
 def measured(group, commit):
-    """The report of a group that was measured to its end, else None.
+    """The report of a group if all of it is measured, else None.
 
-    ValueError where it is one of another commit.
+    ValueError if it was measured at another commit.
     """
     path = result_path(group)
     if not path.exists():
@@ -101,7 +103,7 @@ def measured(group, commit):
 
 
 def kernel_rows(row):
-    """The kernels of one step of a row, those first that take most of the time."""
+    """The kernels of one step of a row, the slowest first."""
     kernels = sorted(row.get("kernels") or [], key=lambda kernel: -kernel["ms"])
     return [
         {
@@ -116,8 +118,8 @@ def kernel_rows(row):
 
 
 def table_rows(reports):
-    """The rows of all groups. The yardsticks stand in each, so their throughput says how steady
-    the machine was."""
+    """The rows of all groups. Each group has the yardsticks again, so their throughput shows how
+    steady the machine was."""
     rows = [row for report in reports for row in report["rows"]]
     for row in rows:
         if row.get("peak_memory_bytes"):
@@ -135,7 +137,10 @@ def main():
         if report is None:
             run_until(bench_command(group, first=group == groups.split()[0]), deadline)
             report = measured(group, commit)
-        (reports if report else left).append(report or group)
+        if report is None:
+            left.append(group)
+        else:
+            reports.append(report)
 
     for report in reports[:1]:
         print("machine: " + json.dumps(report["machine"]) + f", commit {commit}")

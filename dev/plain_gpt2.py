@@ -39,7 +39,7 @@ class PlainHead(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    """Takes a model.GPTConfig and uses its sizes alone; no dropout."""
+    """Takes a model.GPTConfig and uses only its sizes; there is no dropout."""
 
     compile_regions = GPT.compile_regions  # the same settings, whatever they are
 

@@ -2,15 +2,16 @@
 
 
 def print_table(rows, columns, only_if_several=()):
-    """One line a row. columns: {title: name of the field}; the first one is aligned to the left.
+    """Print a line for each row. columns: {title: name of the field}; the first is aligned left.
 
-    A column stands only where a row has something there, and one of the titles `only_if_several`
-    only where its values differ.
+    A column without any value is left out. So is one of the titles `only_if_several` whose values
+    are all the same.
     """
     table = []
     for title, name in columns.items():
         values = [row.get(name) for row in rows]
-        if set(values) <= {None} or title in only_if_several and len(set(values)) == 1:
+        all_the_same = len(set(values)) == 1
+        if set(values) <= {None} or (title in only_if_several and all_the_same):
             continue
         table.append([title, *map(shown, values)])
     widths = [max(map(len, column)) for column in table]
@@ -19,7 +20,7 @@ def print_table(rows, columns, only_if_several=()):
 
 
 def shown(value):
-    """A number with as many digits as one reads; "-" for None."""
+    """A value as text: a number with a readable number of digits, "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
