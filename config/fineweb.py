@@ -1,4 +1,4 @@
-# Behind any mixer's config: llm.c's GPT-2 124M, one epoch of FineWeb 10B.
+# After any mixer's config: llm.c's GPT-2 124M, one epoch of FineWeb 10B.
 # python prepare_data.py kjj0/fineweb10B-gpt2
 # torchrun --standalone --nproc_per_node=8 train.py config/residual.py config/fineweb.py
 # Published for llm.c's own trainer after 10B tokens (not measured here): validation loss 3.28.

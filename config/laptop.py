@@ -1,4 +1,4 @@
-# Shrinks any mixer's config to minutes on two CPU cores, on the embedded corpus:
+# After any mixer's config: minutes on two CPU cores, on the sources of Python's standard library.
 # python prepare_data.py && python train.py config/tbp.py config/laptop.py
 dataset = "stdlib"
 out_dir = f"out/laptop-{mixer}"

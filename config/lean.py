@@ -1,6 +1,6 @@
-# Behind any mixer's config: coefficients see only the branch's input, and reads are taken one
+# After any mixer's config: coefficients see only the branch's input, and reads are taken one
 # sublayer ahead, so that a sublayer reads the streams once and writes them once.
 # torchrun --standalone --nproc_per_node=8 train.py config/tbp.py config/lean.py
 sees = "input"
-readout = "learned"  # the last read that is taken ahead is the head's
+readout = "learned"  # the last sublayer reads ahead for the head
 out_dir = f"out/lean-{mixer}"

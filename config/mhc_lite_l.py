@@ -1,6 +1,6 @@
-# Behind any mixer's config: size L of the mHC-lite paper (arXiv 2601.05732) on OpenWebText.
+# After any mixer's config: size L of the mHC-lite paper (arXiv 2601.05732) on OpenWebText.
 # torchrun --standalone --nproc_per_node=8 train.py config/permutation.py config/mhc_lite_l.py
-# The sizes and rates are published; its losses we could not find, so there is none to compare with.
+# The sizes and learning rates are from the paper. We found no published losses to compare with.
 n_layer, n_head, n_embd = 24, 16, 1024
 batch_size = 16
 total_batch_tokens = 16 * 1024 * 1 * 8  # sequences * tokens * micro-steps * GPUs = 131,072
