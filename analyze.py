@@ -2,7 +2,7 @@
 What trained mixers do, and how runs compare: tables, JSON and figures.
 
     python analyze.py --out_dir=out/laptop-tbp                    # one run, finished or still going
-    python analyze.py --out_dir=out/laptop-tbp --loss_tokens=0    # sooner, with no M replaced
+    python analyze.py --out_dir=out/laptop-tbp --loss_tokens=0    # faster: no M is replaced
     python analyze.py --runs='out/laptop-*'                       # many runs: losses, norms, gains
     python analyze.py --runs='out/laptop-*' --figure=gain         # composite gain by depth alone
     python analyze.py --runs=results/constraint                   # a study's results
@@ -42,19 +42,19 @@ from trained import find_checkpoint
 # One run
 out_dir = "out"  # of the run
 checkpoint = "latest"  # latest, best, or a path
-tokens = 8192  # validation tokens whose streams and matrices are looked at
-loss_tokens = 8192  # validation tokens for the loss with one M replaced; 0: that is left out
+tokens = 8192  # validation tokens on which streams and matrices are observed
+loss_tokens = 8192  # validation tokens for the losses with one M replaced; 0: no such losses
 # Many runs
 runs = ""  # folders of runs, with commas between, * for any name; or a study's results
 figure = "all"  # loss, training, study, gain, or all
-references = "residual,identity"  # arms that the others are compared with
+references = "residual,identity"  # the arms with which the others are compared
 # Both
 out = ""  # folder for what is written; empty: the run's, or the one that holds the runs
 data_dir = ""  # where the data sets are; empty: where the run found them
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 configure(globals())
 
-AT_ONCE = 4096  # tokens in a batch: the streams before every sublayer are in memory together
+AT_ONCE = 4096  # tokens in a batch, for the streams before all its sublayers are in memory
 
 
 def main():
@@ -83,22 +83,22 @@ def look_at_run():
 # One run: its checkpoint, and what is measured of it
 
 
-def load_model(path, where):
-    """-> the model of a checkpoint, on `where`, and the checkpoint's state. Raises RunError.
+def load_model(path, device):
+    """-> the model of a checkpoint, on the torch.device, and the checkpoint's state. RunError.
 
-    All is looked at in float32, whatever the run's dtype.
+    The model computes in float32, whatever the run's dtype was.
     """
     state = checkpoints.load(path)
     model_config = checkpoints.model_config(path, state, GPTConfig)
     model = GPT(dataclasses.replace(model_config, stream_dtype="auto"))
     checkpoints.restore(path, state, model)
-    return model.to(where).eval(), state
+    return model.to(device).eval(), state
 
 
-def validation_batches(state, count, where):
+def validation_batches(state, count, device):
     """The first `count` validation tokens (whole sequences, at least one) of a run's data set.
 
-    -> a list of (idx, targets), each (B, T) on `where`. Raises DataError where there are too few.
+    -> a list of (idx, targets), each (B, T) on the torch.device. DataError where there are too few.
     """
     run = state["config"]
     folder = Path(data_dir or run["data_dir"]) / run["dataset"]
@@ -107,25 +107,25 @@ def validation_batches(state, count, where):
     at_once = max(1, AT_ONCE // run["block_size"])
     starts = range(0, sequences, at_once)
     batches = [blocks.in_order(start, min(at_once, sequences - start)) for start in starts]
-    return [tuple(tensor.to(where) for tensor in batch) for batch in batches]
+    return [(idx.to(device), targets.to(device)) for idx, targets in batches]
 
 
-def analysis(path, where):
+def analysis(path, device):
     """What analysis.json holds of the checkpoint at `path`.
 
     checkpoint, step, mixer, n_streams, dynamic: of the run. provenance: of this analysis.
     tokens: how many were looked at, the first of the validation split.
     composite_gain: mixers.composite_gain of the mean matrices.
-    loss, loss_tokens: validation loss in nats a token, and on how many tokens; None and 0 if not
-        wanted.
-    sublayers: a list in order of depth; of each, with M averaged over the tokens unless said:
+    loss, loss_tokens: validation loss in nats a token, and on how many tokens; None and 0 with
+        --loss_tokens=0.
+    sublayers: a list in order of depth, of dicts. M is the mean over the tokens unless said:
       name            its layer and branch, "3 mlp"
       mix, read, write          means (n, n), (n,), (n,)
       mix_spread, read_spread, write_spread   standard deviations over tokens, entry by entry
       spread          root mean square, over tokens, of the Frobenius norm of M - mean M
       from_identity, from_uniform       Frobenius norms of M - I and of M - 11^T / n
       singular_values           of M, largest first. Doubly stochastic: the first is 1, and the
-                      second says how slowly streams mix
+                      second says how slowly the streams mix: 0 at once, 1 never
       ds_error        mixers.ds_error, the largest over the tokens
       forward_gain_from_first, backward_gain_from_first     largest absolute row sum and column
                       sum of the product of the matrices from the first sublayer to this one
@@ -139,8 +139,8 @@ def analysis(path, where):
                       error of the mean over sequences. None without loss_tokens
     A number that is not finite, or not defined with one stream, is null.
     """
-    model, state = load_model(path, where)
-    sublayers, n_tokens = look_at(model, validation_batches(state, tokens, where))
+    model, state = load_model(path, device)
+    sublayers, n_tokens = look_at(model, validation_batches(state, tokens, device))
     means = mean_matrices(sublayers)
     for sublayer, gains in zip(sublayers, composite_gains(means)):
         sublayer.update(gains, loss_change=None)
@@ -158,7 +158,7 @@ def analysis(path, where):
         "sublayers": sublayers,
     }
     if loss_tokens:
-        batches = validation_batches(state, loss_tokens, where)
+        batches = validation_batches(state, loss_tokens, device)
         found["loss"], changes = loss_changes(model, means, batches)
         found["loss_tokens"] = sum(idx.numel() for idx, _ in batches)
         for sublayer, change in zip(sublayers, changes):
@@ -259,16 +259,19 @@ class NothingToDraw(ValueError):
 
 
 def draw_loss(points, target):
-    reference, losses = reference_of(points), curves.by_tokens(points, "val")
+    losses = curves.by_tokens(points, "val")
     if not losses:
         raise NothingToDraw("no run has a loss that is finite")
+    differences, name = [], None
+    if reference := reference_of(points):
+        differences, name = curves.differences(points, reference), curves.label(reference)
     plots.save(
         target / "loss.png",
         plots.loss_figure,
         losses,
         curves.by_seconds(points, "val"),
-        curves.differences(points, reference) if reference else [],
-        reference and curves.label(reference),
+        differences,
+        name,
         curves.tokens_of_a_step(points),
     )
 
@@ -347,9 +350,9 @@ def gains_of_runs(runs_with):
 
 def gain_of_run(point, seed, folder):
     """One run in gain.json: the gains by depth, as in `analysis`, of its newest checkpoint."""
-    path = find_checkpoint(folder, "latest")
-    model, state = load_model(path, pick_device(device))
-    sublayers, _ = look_at(model, validation_batches(state, tokens, pick_device(device)))
+    path, where = find_checkpoint(folder, "latest"), pick_device(device)
+    model, state = load_model(path, where)
+    sublayers, _ = look_at(model, validation_batches(state, tokens, where))
     gains = composite_gains(mean_matrices(sublayers))
     return {
         "arm": curves.label(point),

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import comparison
 from runtime import RunError
 
-# What the name of an arm leaves out: the mixer, which comes first, and the knobs that change where
-# a run lies, how fast it is or how often it is looked at, but not what it computes.
+# Knobs that the name of an arm leaves out: the mixer, since the name begins with it, and those that
+# say where a run's files are, how fast it is and how often it reports, but not what it computes.
 NOT_NAMED = {
     *("mixer", "seed", "provenance", "out_dir", "data_dir", "init_from"),
     *("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints"),
@@ -80,8 +80,8 @@ def result_of_run(folder):
 
 
 def arm_of_folder(folder, knobs):
-    """The arm and the axes of a run of study.py, whose folder is ARM/KNOB=VALUE/.../seedN; None and
-    none for another run."""
+    """-> the arm and the axes of a run of study.py, whose folder is ARM/KNOB=VALUE/.../seedN.
+    None and {} for another run."""
     if folder.name != f"seed{knobs['seed']}":
         return None, {}
     axes, folder = {}, folder.parent
@@ -93,7 +93,7 @@ def arm_of_folder(folder, knobs):
 
 
 def name_arms(results):
-    """Give each its arm: the mixer, and every knob that is not as in most of the runs.
+    """Name the arm of each result: its mixer, and every knob that differs from most of the runs.
 
     Learning rates, where there are several, become an axis, as in a study.
     """
@@ -103,8 +103,8 @@ def name_arms(results):
     values = {name: [result["knobs"].get(name) for result in results] for name in names}
     several_rates = len(set(values.pop(comparison.RATE))) > 1
     if several_rates:
-        values.pop("min_lr", None)  # moves with it
-    # The residual mixer has one stream always, and no other has: that says nothing.
+        values.pop("min_lr", None)  # changes with it
+    # One stream is what the residual mixer always has, so the arm's name does not say it.
     values["n_streams"] = [n for n in values["n_streams"] if n != 1] or [1]
     usual = {name: statistics.mode(seen) for name, seen in values.items()}
     for result in results:
@@ -119,15 +119,15 @@ def name_arms(results):
 
 
 def points_of(results):
-    """Results -> a list of points, each arm at its best learning rate; says which rates are left
+    """Results -> a list of points, each arm at its best learning rate. Prints which rates are left
     out, and how many runs diverged.
 
-    Raises ValueError where two runs would be the same seed of the same arm.
+    Raises ValueError where two runs are of the same seed and arm.
     """
     points = comparison.gather(results)
     if sum(len(point.runs) for point in points) < len(results):
         raise ValueError(
-            "two of the runs have one arm and one seed, so that they would be taken for one; name "
+            "two of the runs have the same arm and the same seed, and would be taken for one; name "
             "fewer folders"
         )
     chosen = comparison.best_rates(points)
@@ -150,7 +150,7 @@ def label(point):
 
 
 def knobs_of(point):
-    """The knobs of its first run; but for the seed, they are those of all."""
+    """The knobs of its first run; those of the others differ in the seed."""
     return next(iter(point.runs.values()))["knobs"]
 
 
@@ -161,8 +161,8 @@ def diverged(point):
 
 
 def at_evaluations(point, key):
-    """{seed: {step: number}} of the runs that did not diverge, or of all if all did; without
-    numbers that are not there or were not finite."""
+    """{seed: {step: number}} of the runs that did not diverge, or of all if all did. Numbers that
+    are missing or not finite are left out."""
     return {
         seed: {e["step"]: e[key] for e in run["evaluations"] if e[key] is not None}
         for seed, run in (point.finished() or point.runs).items()
@@ -170,20 +170,20 @@ def at_evaluations(point, key):
 
 
 def make_curve(point, by_seed, scale=1):
-    """{seed: {step: number}} -> a Curve over the steps that all seeds have, times `scale`; or None
-    where there is no such step."""
+    """{seed: {step: number}} -> a Curve over the steps that all seeds have, where x is the step
+    times `scale`. None where there is no such step."""
     steps = sorted(set.intersection(*map(set, by_seed.values()))) if by_seed else []
     if not steps:
         return None
     numbers = [[seed[step] for seed in by_seed.values()] for step in steps]
     return Curve(
-        label(point),
-        knobs_of(point)["mixer"],
-        len(by_seed),
-        [step * scale for step in steps],
-        [statistics.fmean(seeds) for seeds in numbers],
-        [min(seeds) for seeds in numbers],
-        [max(seeds) for seeds in numbers],
+        label=label(point),
+        mixer=knobs_of(point)["mixer"],
+        seeds=len(by_seed),
+        x=[step * scale for step in steps],
+        mean=[statistics.fmean(seeds) for seeds in numbers],
+        low=[min(seeds) for seeds in numbers],
+        high=[max(seeds) for seeds in numbers],
     )
 
 
@@ -210,22 +210,18 @@ def differences(points, reference):
     """Validation losses minus the reference's of the same seed, against tokens -> curves."""
     theirs, curves = at_evaluations(reference, "val"), []
     for point in points:
-        ours = at_evaluations(point, "val")
-        by_seed = {
-            seed: {
-                step: ours[seed][step] - theirs[seed][step]
-                for step in ours[seed]
-                if step in theirs[seed]
-            }
-            for seed in ours.keys() & theirs.keys()
-        }
-        if point is not reference:
-            curves.append(make_curve(point, by_seed, knobs_of(point)["total_batch_tokens"]))
+        if point is reference:
+            continue
+        ours, by_seed = at_evaluations(point, "val"), {}
+        for seed in ours.keys() & theirs.keys():
+            steps = ours[seed].keys() & theirs[seed].keys()
+            by_seed[seed] = {step: ours[seed][step] - theirs[seed][step] for step in steps}
+        curves.append(make_curve(point, by_seed, knobs_of(point)["total_batch_tokens"]))
     return [curve for curve in curves if curve]
 
 
 def tokens_of_a_step(points):
-    """The same for all points, or None."""
+    """How many tokens a step has, if it is the same number for all points, else None."""
     sizes = {knobs_of(point)["total_batch_tokens"] for point in points}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -239,22 +235,30 @@ def by_depth(kept):
     for key in ("forward_gain_from_first", "backward_gain_to_last"):
         curves = []
         for arm, runs in arms.items():
-            seeds = list(zip(*(map(not_none, run[key]) for run in runs)))
-            mean = [statistics.fmean(gains) for gains in seeds]
-            low, high = list(map(min, seeds)), list(map(max, seeds))
-            depth = list(range(len(mean)))
-            curves.append(Curve(arm, runs[0]["mixer"], len(runs), depth, mean, low, high))
+            by_run = [[as_number(gain) for gain in run[key]] for run in runs]
+            by_sublayer = list(zip(*by_run))  # the gains of all seeds
+            curves.append(
+                Curve(
+                    label=arm,
+                    mixer=runs[0]["mixer"],
+                    seeds=len(runs),
+                    x=list(range(len(by_sublayer))),
+                    mean=[statistics.fmean(gains) for gains in by_sublayer],
+                    low=[min(gains) for gains in by_sublayer],
+                    high=[max(gains) for gains in by_sublayer],
+                )
+            )
         directions.append(curves)
     return directions
 
 
-def not_none(number):
-    """JSON has no NaN: it stands there as null."""
-    return math.nan if number is None else number
+def as_number(value):
+    """JSON has no NaN: write_json left None for it."""
+    return math.nan if value is None else value
 
 
 def arms_in_order(points):
-    """Points -> [(label, mixer, note)], the lowest mean loss first; a note counts divergences."""
+    """Points -> [(label, mixer, note)], the lowest mean loss first. note: how many diverged."""
     return [
         (label(point), knobs_of(point)["mixer"], diverged(point))
         for point in sorted(points, key=mean_loss)
@@ -267,7 +271,8 @@ def mean_loss(point):
 
 
 def intervals(points, reference_arm):
-    """-> {label: comparison.Difference} of the last loss from an arm's, where there are pairs."""
+    """-> {label: comparison.Difference} between the last losses of each point and those of the
+    reference arm, for the points that share a seed with it."""
     found = {}
     for point in points:
         reference = comparison.reference_of(point, reference_arm, points)

@@ -18,14 +18,16 @@ from plots import (
 )
 
 SIGNED = ("#8f3b00", "#d55e00", "#f6c9a8", "#ffffff", "#b5d7ec", "#0072b2", "#00334f")  # -1 .. 1
-SIDE, GAP, STRIP = 1.0, 0.1, 0.22  # of M's square, and of the read and the write beside it
-MAP_WIDTH, MAP_HEIGHT = SIDE + GAP + STRIP + 0.3, SIDE + GAP + STRIP + 0.55  # with what is around
+SIDE = 1.0  # of the square that is M; all lengths are in this unit
+GAP, STRIP = 0.1, 0.22  # between M and its read or write; the width of these two
+MAP_WIDTH, MAP_HEIGHT = SIDE + GAP + STRIP + 0.3, SIDE + GAP + STRIP + 0.55  # with margins
 
 
 def run_figure(found):
-    """The matrices of every sublayer, and four panels by depth, of what `analysis` found."""
+    """found: what analyze.py's `analysis` returned."""
     sublayers, ink = found["sublayers"], colour(found["mixer"])
-    columns = max(8, min(len(sublayers), 12 if len(sublayers) <= 48 else 24))
+    most = 12 if len(sublayers) <= 48 else 24
+    columns = min(max(len(sublayers), 8), most)
     rows = math.ceil(len(sublayers) / columns)
     maps_height = 0.6 + rows * MAP_HEIGHT * (WIDTH - 0.8) / (columns * MAP_WIDTH)
     figure = new_figure(maps_height + 4.4)
@@ -52,7 +54,7 @@ def run_figure(found):
 
 
 def draw_maps(figure, sublayers, columns):
-    """M of each sublayer as a square, with what it writes to the right and what it reads below."""
+    """M of each sublayer as a square, with its write on the right and its read below."""
     from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 
     axes = figure.subplots()
@@ -95,7 +97,7 @@ def draw_cells(axes, values, left, top, width, height, **style):
 
 
 def signed_root(x):
-    """The scale of the colours: a small entry is seen beside a large one."""
+    """The scale of the colours, on which a small entry is visible beside a large one."""
     return abs(x) ** 0.5 * ((x > 0) * 2.0 - 1)
 
 
@@ -154,5 +156,5 @@ def draw_loss_changes(axes, sublayers, ink):
         axes.errorbar(x, change, error, fmt="o", markersize=3.5, linewidth=1, label=text, **mark)
     axes.margins(y=0.25)  # room for the legend
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, -1e-4), max(high, 1e-4))  # less is rounding
+    axes.set_ylim(min(low, -1e-4), max(high, 1e-4))  # smaller changes are rounding
     axes.legend(frameon=False, fontsize=LABEL_SIZE)

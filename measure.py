@@ -22,7 +22,7 @@ from streams import HyperConnection
 
 
 def look_at(model, batches):
-    """-> for each sublayer a dict of what `analysis` lists, but for gains and losses; and how many
+    """-> a dict for each sublayer, with what `analysis` lists except gains and losses; and how many
     tokens were looked at. batches: a list of (idx, targets), each (B, T)."""
     totals, tokens_seen = [], 0
     for idx, _ in batches:
@@ -42,10 +42,10 @@ class Totals:
         self.ds_error = torch.zeros((), dtype=torch.float64)
 
     def add(self, seen):
-        mix, read, write = (
-            part.flatten(0, 1).cpu().double() for part in (seen.mix, seen.read, seen.write)
+        mix, read, write, gram = (
+            part.flatten(0, 1).cpu().double()  # (tokens, ...)
+            for part in (seen.mix, seen.read, seen.write, gram_matrices(seen.x))
         )
-        gram = gram_matrices(seen.x).flatten(0, 1).cpu().double()
         values = {
             "mix": mix,  # (tokens, n, n)
             "read": read,  # (tokens, n)
@@ -95,7 +95,7 @@ def describe(total, count):
 
 
 def gram_matrices(x):
-    """Streams (B, T, n, C) -> the inner products of every two, (B, T, n, n)."""
+    """Streams (B, T, n, C) -> the inner product of each stream with each, (B, T, n, n)."""
     x = x.float()
     return x @ x.transpose(-1, -2)
 
@@ -113,7 +113,7 @@ def effective_streams(gram):
     """Inner products (..., n, n) of the streams -> how many streams there are in effect (...).
 
     The participation ratio (sum s)^2 / sum s^2 of the singular values s of this Gram matrix: 1 if
-    all streams are multiples of one, n if they are orthogonal and of one length. The matrix has no
+    all streams are multiples of one, n if they are orthogonal and equally long. The matrix has no
     negative eigenvalue, so sum s is its trace, and sum s^2 the sum of its squared entries.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -122,6 +122,7 @@ def effective_streams(gram):
 
 def composite_gains(matrices):
     """(n, n) matrices in order of depth -> for each the four gains that `analysis` lists."""
+    # from_first[l] = M_l ... M_1, and to_last[l] = M_L ... M_l.
     from_first = list(itertools.accumulate(matrices, lambda product, M: M @ product))
     to_last = list(itertools.accumulate(matrices[::-1], torch.matmul))[::-1]
     return [
@@ -155,7 +156,7 @@ def replaced_mix(connection, matrix):
 
 
 def coefficients_with(usual, matrix, *state):
-    """What usual(*state) gives, with the entries of `matrix` for the planes of M."""
+    """What usual(*state) returns, with the entries of `matrix` instead of the planes of M."""
     read, write, _ = usual(*state)
     entries = matrix.to(read[0]).flatten()[:, None, None].expand(-1, *read[0].shape)
     return read, write, entries if isinstance(read, torch.Tensor) else [*entries]
@@ -173,17 +174,17 @@ def sequence_losses(model, batches):
 
 
 def standard_error(numbers):
-    """Of the mean of (count,); NaN for one number."""
+    """The standard error of the mean of (count,); NaN for one number."""
     if len(numbers) < 2:
         return math.nan
     return numbers.std().item() / math.sqrt(len(numbers))
 
 
 def loss_changes(model, means, batches):
-    """-> the loss, and for each sublayer `loss_change` as `analysis` has it.
+    """-> the loss, and for each sublayer its `loss_change` as in `analysis`.
 
-    means: the matrices (n, n) that replace M, beside I. With one stream there is none to replace,
-    and the change is 0. Says how long it will take, on stderr.
+    means: one matrix (n, n) for each sublayer; M is replaced by it, and by I. With one stream there
+    is no M to replace, and the change is 0. Says on stderr how long it will take.
     """
     connections = [module for module in model.modules() if isinstance(module, HyperConnection)]
     begin = time.time()

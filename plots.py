@@ -1,10 +1,10 @@
-"""The figures of analyze.py: the style of all, and those of many runs (maps.py has one run's).
+"""The figures of analyze.py: the style of all figures, and those of many runs (maps.py: one run).
 
     save(Path("gain.png"), gain_figure, forward, backward)      # lists of curves.Curve
 
-Legible at the 800 pixels of a README, on a light and on a dark page: the background is an off-white
-of its own. A mixer has the same colour in every figure (Okabe and Ito's palette, which colour-blind
-people can tell apart), and lines are named where they end rather than in a legend.
+Figures are legible when a README shows them 800 pixels wide, on a light and on a dark page: the
+background is off-white. A mixer has the same colour in every figure (Okabe and Ito's palette, whose
+colours colour-blind people can tell apart). Names stand where the lines end, not in a legend.
 """
 
 import io
@@ -35,7 +35,7 @@ COLOURS = {
 OTHERS = ("#a0154f", "#3f6f6f")  # for mixers that are not in COLOURS
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 LABEL_SIZE = 8.5
-MOST_BANDS = 8  # of more curves the bands would hide each other
+MOST_BANDS = 8  # curves in a panel; with more, no bands are drawn, which would hide each other
 TITLE = {"x": 0.01, "ha": "left", "fontsize": 10.5, "fontweight": "bold"}
 STYLE = {
     "figure.dpi": DPI,
@@ -114,32 +114,39 @@ def draw_curves(axes, curves, scale=1):
 
 
 def of_seeds(curves):
-    """What the lines and bands are, for a title."""
+    """The end of a title, which says what lines and bands are: ", mean and range of 5 seeds"."""
     seeds = sorted({curve.seeds for curve in curves})
     if seeds == [1]:
         return ""
     shown = "mean and range" if len(curves) <= MOST_BANDS else "mean"
-    return f", {shown} of {' to '.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds"
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f", {shown} of {count} seeds"
 
 
 def panel_height(curves):
-    """Inches, enough for a name a curve."""
+    """In inches: enough for the names of all curves, one below the other."""
     return max(2.4, LABEL_SIZE * 1.3 / 72 * len(curves))
 
 
 def names_fit(curves):
-    """Whether the names can stand beside a panel; longer ones stand in a legend below."""
+    """Whether the names are short enough to stand beside a panel, and not in a legend below."""
     return max(len(curve.label) for curve in curves) <= 25
 
 
 def legend_height(curves):
-    """Inches of the legend, if there is one."""
+    """In inches; 0 where there is no legend."""
+    if names_fit(curves):
+        return 0
     lines = sum(math.ceil(len(curve.label) / 110) for curve in curves)
-    return 0 if names_fit(curves) else 0.2 + LABEL_SIZE * 1.7 / 72 * lines
+    return 0.2 + LABEL_SIZE * 1.7 / 72 * lines
 
 
 def name_curves(axes, curves, scale, height, legend=True, with_number=False):
-    """Name the curves where they end, or, long names and once in a figure (legend), below it."""
+    """Name the curves where they end, or, if the names are long, in a legend below the figure.
+
+    legend: False where another panel of the figure makes the legend. with_number: the name is
+    followed by the curve's last number.
+    """
     if names_fit(curves):
         ends = []
         for curve in curves:
@@ -160,16 +167,16 @@ def name_curves(axes, curves, scale, height, legend=True, with_number=False):
 
 
 def name_ends(axes, ends, height):
-    """Write names right of an axes, near where their lines end and clear of each other.
+    """Write names to the right of an axes, near the ends of their lines, without an overlap.
 
-    ends: a list of (name, colour, x, y); height: of the axes in inches, about. What is drawn later
-    must not change the limits of the axes.
+    ends: a list of (name, colour, x, y). height: about the height of the axes, in inches. What is
+    drawn later must not change the limits of the axes.
     """
     gap = LABEL_SIZE * 1.25 / 72 / height  # of a line of text, in heights of the axes
     axes.get_xlim(), axes.get_ylim()  # settles limits that matplotlib chooses
     to_axes = axes.transScale + axes.transLimits
     wanted = [to_axes.transform((x, y))[1] for _, _, x, y in ends]
-    for (name, ink, x, y), place in zip(ends, spread(wanted, gap)):
+    for (name, ink, x, y), place in zip(ends, apart(wanted, gap)):
         axes.annotate(
             name,
             (x, y),
@@ -184,33 +191,34 @@ def name_ends(axes, ends, height):
         )
 
 
-def spread(wanted, gap):
-    """Places from 0 to 1 near the wanted ones, in their order and `gap` apart or more.
+def apart(wanted, gap):
+    """Places from 0 to 1 near the wanted ones, in the same order, each `gap` or more from the next.
 
     Names that would touch form a group, whose middle is the mean of the places wanted in it.
     """
-    order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    groups = []  # [where the first name would like to be, how many names], from the bottom
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)  # from the bottom
+    groups = []  # (place of the lowest name, how many names)
     for i in order:
-        groups.append([wanted[i], 1])
-        while len(groups) > 1 and groups[-2][0] + groups[-2][1] * gap > groups[-1][0]:
-            (start, count), (above, more) = groups[-2:]
-            together = (count * start + more * (above - count * gap)) / (count + more)
-            groups[-2:] = [[together, count + more]]
+        start, count = wanted[i], 1
+        while groups and groups[-1][0] + groups[-1][1] * gap > start:
+            below, below_count = groups.pop()
+            total = below_count + count
+            start = (below_count * below + count * (start - below_count * gap)) / total
+            count = total
+        groups.append((start, count))
+
+    ideal = [start + k * gap for start, count in groups for k in range(count)]
     places, floor = [0.0] * len(wanted), 0.0
     ceiling = max(1.0, gap * (len(wanted) - 1))
-    names_above, upward = len(wanted), iter(order)
-    for start, count in groups:
-        for k in range(count):
-            names_above -= 1
-            place = min(max(start + k * gap, floor), ceiling - names_above * gap)
-            places[next(upward)] = place
-            floor = place + gap
+    for rank, i in enumerate(order):
+        names_above = len(wanted) - 1 - rank
+        places[i] = min(max(ideal[rank], floor), ceiling - names_above * gap)
+        floor = places[i] + gap
     return places
 
 
 def write_at(axes, text, x, y, ink, offset, side):
-    """Text beside a point of the data, `offset` (right, up) away in typographic points."""
+    """Text beside the point (x, y) of the data; offset: (right, up) in typographic points."""
     axes.annotate(
         text,
         (x, y),
@@ -233,7 +241,7 @@ def set_gain_scale(axes, gains):
 
 
 def set_log_scale(axes, numbers):
-    """With ticks in plain figures, also between the powers of 10 where the numbers are near."""
+    """With ticks in plain figures; also between the powers of 10, where numbers are that close."""
     from matplotlib.ticker import LogLocator
 
     axes.set_yscale("log")
@@ -244,12 +252,12 @@ def set_log_scale(axes, numbers):
 
 
 # --------------------------------------------------------------------------------------------------
-# Many runs: a curve is a curves.Curve, a row a comparison.Difference
+# Many runs. A curve is a curves.Curve, a row is a comparison.Difference.
 
 
 def loss_figure(by_tokens, by_seconds, differences, reference, tokens_of_a_step):
-    """Validation loss against time, tokens and, where a step is as many tokens in all runs, steps.
-    Below, where there is a reference, the difference from it, paired by seed."""
+    """Validation loss against time, tokens and, where tokens_of_a_step is known, steps. Below it,
+    where there are differences, the loss minus that of the reference, paired by seed."""
     height = panel_height(by_tokens)
     rows = 2 if differences else 1
     figure = new_figure(rows * (height + 0.9) + legend_height(by_tokens))
@@ -311,8 +319,8 @@ def gain_figure(forward, backward):
 
 
 def study_figure(arms, panels):
-    """Differences of the last loss: arms in rows, [(label, mixer, note)], and a panel a reference,
-    {reference: {label: row}}. Filled dots: the interval leaves out 0."""
+    """Differences of the last loss. arms: the rows, [(label, mixer, note)]. panels: one for each
+    reference, {reference: {label: row}}. A dot is filled where the interval does not hold 0."""
     figure = new_figure(0.23 * len(arms) + 1.0)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (reference, rows) in zip(all_axes, panels.items()):
@@ -348,7 +356,7 @@ def study_figure(arms, panels):
 def draw_against_tokens(axes, curves, tokens_of_a_step):
     """Draw the curves, and steps along the top if tokens_of_a_step is known.
 
-    -> how many tokens a unit of x is."""
+    -> how many tokens one unit of x is."""
     unit, scale = unit_of(curves, TOKEN_UNITS)
     draw_curves(axes, curves, scale)
     axes.set_xlabel(unit)
@@ -370,7 +378,7 @@ TIME_UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def unit_of(curves, units):
-    """(name, size): the largest of the units of which the longest curve has two or more."""
+    """(name, size) of the largest unit in which the longest curve is at least 2 long."""
     longest = max((curve.x[-1] for curve in curves), default=0)
     return next((unit for unit in units if longest >= 2 * unit[1]), units[-1])
 

@@ -286,7 +286,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
         curves.read_results([tmp_path])
     write_run(tmp_path / "a", [5.0, 3.0])
     write_run(tmp_path / "b", [5.0, 2.0])
-    with pytest.raises(ValueError, match="one arm and one seed"):
+    with pytest.raises(ValueError, match="the same arm and the same seed"):
         curves.points_of(curves.read_results([tmp_path]))
     (tmp_path / "b" / "metrics.jsonl").write_text("")
     assert len(curves.read_results([tmp_path])) == 1
@@ -298,14 +298,14 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
 
 @pytest.mark.quick
 def test_names_are_spread_apart_and_stay_near():
-    assert plots.spread([0.2, 0.9, 0.5], 0.1) == pytest.approx([0.2, 0.9, 0.5])  # far enough
-    assert plots.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])  # about the middle
-    assert plots.spread([0.0, 0.0], 0.1) == pytest.approx([0.0, 0.1])
-    assert plots.spread([1.0, 1.0], 0.1) == pytest.approx([0.9, 1.0])
+    assert plots.apart([0.2, 0.9, 0.5], 0.1) == pytest.approx([0.2, 0.9, 0.5])  # far enough
+    assert plots.apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])  # about the middle
+    assert plots.apart([0.0, 0.0], 0.1) == pytest.approx([0.0, 0.1])
+    assert plots.apart([1.0, 1.0], 0.1) == pytest.approx([0.9, 1.0])
     generator = np.random.default_rng(0)
     for count in range(1, 20):
         wanted = generator.random(count).round(1).tolist()
-        places = plots.spread(wanted, 0.05)
+        places = plots.apart(wanted, 0.05)
         order = np.argsort(wanted, kind="stable")
         assert (np.diff(np.array(places)[order]) > 0.05 - 1e-9).all()
         assert min(places) >= 0 and max(places) <= max(1, 0.05 * (count - 1)) + 1e-9
