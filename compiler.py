@@ -1,11 +1,11 @@
 """
-torch.compile on the machine at hand: whether it works, and whether what it makes is right.
+torch.compile on this machine: does it work, and is its code right?
 
-    compiler.prepare(compile)                    # a script's knob; refuses at once
+    compiler.prepare(compile)                    # of the script's knob `compile`
     with compiler.on_trial(dtype, loss_and_gradients, model, sample, autocast):
         model.compile_regions()
 
-A script that ends with an error asks `why_not_compiled` whether it is the machine's.
+Where a script ends with an error, `why_not_compiled` says whether the machine is the cause.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ TESTED_TORCH = ("2.11", "2.12", "2.13")  # versions that the tests pass on
 
 
 def prepare(compile):
-    """For a script that is about to compile, or to do without. Raises RunError for a machine that
-    cannot compile, as far as that shows at once.
+    """Called before anything is compiled, or, with compile = False, before all is run eagerly.
+    Raises RunError for a machine that cannot compile, if that can be seen at once.
 
-    The compiler locks the files of its cache. Without locks of the system, filelock takes a file
-    that is there for a lock that is held, and a process that had locks leaves such files behind.
+    The compiler locks files of its cache. Where the system has no locks, filelock takes a file that
+    exists for a lock that is held, and another process may have left such a file behind.
     """
     if not compile:
-        # torch makes the folder of the cache all the same, and stops where it cannot. This one is
-        # there, and nothing is written to it.
+        # torch makes the folder of the cache even so, and fails where it cannot. This folder
+        # exists, and nothing is written to it.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).parent)
         return
     if filelock.FileLock is filelock.SoftFileLock:
@@ -49,8 +49,8 @@ def prepare(compile):
 
 
 def why_not_compiled(error):
-    """A line for the user of a machine on which torch.compile cannot work, for want of a compiler
-    or of a place to write; None where `error` is something else."""
+    """A line for a user whose machine lacks what torch.compile needs: a compiler, or a folder to
+    write to. None where `error` is something else."""
     if isinstance(error, OSError):
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # torch's own name
         failed = cache in str(error.filename)
@@ -75,10 +75,10 @@ def torch_is_tested():
 
 
 def differences(wanted, found, tolerance):
-    """The names of the tensors in `found` that are not those in `wanted`, the worst first.
+    """The names of the tensors that differ between `wanted` and `found`, the worst first.
 
-    A difference may have the norm tolerance * |wanted| + 1e-5 * (largest norm): a tensor that is
-    small beside the others is rounding.
+    A tensor differs where |found - wanted| > tolerance * |wanted| + 1e-5 * (the largest norm). The
+    second term is for tensors so small beside the others that they are mostly rounding.
     """
     norms = {name: tensor.float().norm().item() for name, tensor in wanted.items()}
     floor = 1e-5 * max(norms.values())
@@ -92,11 +92,11 @@ def differences(wanted, found, tolerance):
 
 @contextlib.contextmanager
 def on_trial(dtype, compute, *arguments):
-    """Around the statement that compiles a model; on a torch that the tests do not know, the
-    compiled model must compute what the eager one does.
+    """A context for the statement that compiles a model. On a version of torch that the tests do
+    not know, results of the compiled model are compared with those of the eager one.
 
-    compute(*arguments) -> {name: tensor} is called before and after. dtype: of the activations.
-    Raises RunError where the results differ; it names the worst.
+    compute(*arguments) -> {name: tensor} is called before the statement and after it. dtype: of the
+    activations. Raises RunError where the results differ; it names the worst.
 
     The tolerance of `differences` is 1e-3, and 0.2 in 16 bits, where eager and compiled code round
     at different places.
@@ -144,7 +144,7 @@ def loss_and_gradients(model, sample, autocast):
 
 @torch.no_grad()
 def logits_and_loss(model, sample, autocast):
-    """The same for a model that is not trained: {"logits": (B, T, V), "loss": ()}."""
+    """As loss_and_gradients, for a model that is not trained: {"logits": (B, T, V), "loss": ()}."""
     with autocast:
         logits, loss = model(*sample)
     return {"logits": logits, "loss": loss}

@@ -9,7 +9,7 @@
     python train.py config/tbp.py --learning_rate=3e-4  # left to right, the last word wins
     python train.py --help                              # every knob, its default and its comment
 
-A config file is Python and can run any code: use none that you have not read.
+A config file is Python and runs as code: read it first.
 """
 
 import ast
@@ -30,7 +30,7 @@ TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None": NoneType}
 class Knob(NamedTuple):
     types: tuple[type, ...]
     comment: str  # the one behind the assignment
-    above: list[str]  # lines of --help before the knob: an empty one and headings, where there are
+    above: list[str]  # lines that --help prints before the knob: empty ones and headings
 
 
 def configure(
@@ -39,46 +39,44 @@ def configure(
     config_of: str | None = None,
     extra: dict | None = None,
 ) -> dict:
-    """Set the knobs that the script of `namespace` assigns above this call from `argv`.
+    """Set the knobs of a script from the command line: its assignments above this call are the
+    knobs, and `namespace` is its globals().
 
     Returns all knobs in source order. An item of `argv` (default: `sys.argv[1:]`) is `--key=value`
-    or a config file `path/to/file.py`, which sees the values so far as its globals.
+    or a config file `path/to/file.py`, whose globals are the values so far.
 
-    config_of: a script in the same folder, for which the config files are written: they may set its
-        knobs too, which are checked and then left out.
+    config_of: another script in the same folder, for which the config files are written. They may
+        set its knobs as well; these values are checked, and then left out.
     extra: more knobs by name, the options of the mixers: objects with a `default` and a `comment`.
 
-    Raises SystemExit(2), with a message on stderr and `namespace` as it was, for whatever is not a
-    knob or does not fit one; SystemExit(0) after `--help`; KeyError without a `__file__`.
+    Raises SystemExit(2), with a message on stderr and `namespace` as it was, for an item that is no
+    knob or a value that does not fit; SystemExit(0) after `--help`; KeyError where `namespace` has
+    no `__file__`.
     """
     argv = sys.argv[1:] if argv is None else argv
     script = os.path.basename(namespace["__file__"])
     knobs = _read_knobs(namespace)
     values = {name: _fit(script, name, namespace[name], knob) for name, knob in knobs.items()}
+    heading = ["", "Options of the mixers"]
     for name, option in (extra or {}).items():
-        heading = [] if knobs.keys() & extra.keys() else ["", "Options of the mixers"]
         knobs[name] = Knob((type(option.default),), option.comment, heading)
         values[name] = option.default
+        heading = []  # only above the first
     if "--help" in argv or "-h" in argv:
         _print_help(namespace.get("__doc__"), knobs, values)
         raise SystemExit(0)
 
-    # Knobs that config files may set: ours, and those of `config_of`, whose values are `other`.
-    other = _constants(Path(namespace["__file__"]).with_name(config_of)) if config_of else {}
-    known = (_read_knobs(other) if config_of else {}) | knobs
-    other = {name: other[name] for name in known if name in other}
+    # A config file may set our knobs and those of `config_of`, whose values are `other`.
+    known, other = knobs, {}
+    if config_of:
+        constants = _constants(Path(namespace["__file__"]).with_name(config_of))
+        known = _read_knobs(constants) | knobs
+        other = {name: constants[name] for name in known if name in constants}
     for item in argv:
-        key, equals, text = item.partition("=")
-        name = key[2:]
+        key, equals, _ = item.partition("=")
         if item.startswith("--"):
-            if name not in knobs:
-                near = _nearest(name, knobs, "--")
-                _refuse(f"{key}: {script} has no such knob{near}; --help lists them")
-            if not equals:
-                example = f"{key}={values[name]}"
-                _refuse(f"{key} has no value: write {key}=value in one word, for example {example}")
-            value = _parse(text, knobs[name].types)
-            values[name] = _fit("command line", name, value, knobs[name])
+            name, value = _read_argument(item, script, knobs, values)
+            values[name] = value
         elif equals and key.lstrip("-").isidentifier():
             _refuse(f"{item}: write --{item.lstrip('-')}")
         elif item.endswith(".py"):
@@ -93,8 +91,22 @@ def configure(
     return values
 
 
+def _read_argument(item: str, script: str, knobs: dict[str, Knob], values: dict) -> tuple:
+    """--key=value -> the name of the knob and its value, or the refusal."""
+    key, equals, text = item.partition("=")
+    name = key.removeprefix("--")
+    if name not in knobs:
+        near = _nearest(name, knobs, "--")
+        _refuse(f"{key}: {script} has no such knob{near}; --help lists them")
+    if not equals:
+        example = f"{key}={values[name]}"
+        _refuse(f"{key} has no value: write {key}=value in one word, for example {example}")
+    value = _parse(text, knobs[name].types)
+    return name, _fit("command line", name, value, knobs[name])
+
+
 def resolve(script: Path, argv: list[str], extra: dict | None = None) -> dict:
-    """The knobs that `script` would have if it ran with `argv`; see `configure`. Runs nothing."""
+    """The knobs that `script` would have with `argv`, found without running it; see `configure`."""
     return configure(_constants(script), argv, extra=extra)
 
 
@@ -117,23 +129,32 @@ def _read_knobs(namespace: dict) -> dict[str, Knob]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    knobs, end = {}, 0
+    lines, knobs, end = source.split("\n"), {}, 0
     for node in ast.parse(source).body:
         calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
         if calls & {"configure", "configurator.configure"}:
             break
-        between, end = source.split("\n")[end : node.lineno - 1], node.end_lineno
+        between = lines[end : node.lineno - 1]  # the lines since the statement before
+        end = node.end_lineno
         if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
-        headings = [line.strip("#-= ") for line in between if line.startswith("#")]
-        above = ["", *filter(None, headings)] if headings or "" in between else []
+        above = _lines_above(between)
         annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
         for name in _bound(node):
-            types = _types(annotation, namespace.get(name, ...))
+            default = namespace.get(name, ...)  # no knob has ... for its default
+            types = _types(annotation, default)
             if types and not name.startswith("_"):
                 knobs.setdefault(name, Knob(types, comments.get(end, ""), above))
                 above = []
     return knobs
+
+
+def _lines_above(between: list[str]) -> list[str]:
+    """Source lines before an assignment -> what --help prints there: headings from comments."""
+    headings = [line.strip("#-= ") for line in between if line.startswith("#")]
+    if not headings and "" not in between:
+        return []
+    return ["", *filter(None, headings)]
 
 
 def _types(annotation: str, default: object) -> tuple[type, ...]:
@@ -145,16 +166,16 @@ def _types(annotation: str, default: object) -> tuple[type, ...]:
         types = tuple(TYPES[word] for word in words)
     else:
         types = (type(default),)
-    return () if types == (NoneType,) else types  # which could never be set
+    return () if types == (NoneType,) else types  # None alone could never be changed
 
 
 def _constants(script: Path) -> dict:
-    """The namespace of the script after its assignments that call nothing: it has the knobs."""
+    """Run only those assignments of the script that call nothing -> its namespace, with knobs."""
     namespace = {"__file__": str(script)}
     for node in ast.parse(script.read_bytes()).body:
         calls = any(isinstance(child, ast.Call) for child in ast.walk(node))
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and not calls:
-            with contextlib.suppress(NameError):  # of an import
+            with contextlib.suppress(NameError):  # of an import, which was not run
                 exec(compile(ast.Module([node], []), script, "exec"), namespace)
     return namespace
 
@@ -163,6 +184,7 @@ def _bound(tree: ast.AST) -> dict[str, int]:
     """The names that assignments, imports and definitions under `tree` bind, with their lines."""
     names = {}
     for node in ast.walk(tree):
+        # A name that is read has another ctx; an import or a definition has none.
         if isinstance(getattr(node, "ctx", ast.Store()), ast.Store):
             for field in ("id", "name", "asname"):
                 if name := getattr(node, field, None):
@@ -177,7 +199,7 @@ def _parse(text: str, types: tuple[type, ...]) -> object:
         value = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
-    # --run_name=12 needs no quotes where only text is wanted; a bool | str refuses the int
+    # --run_name=12 needs no quotes where the knob takes only text; a knob bool | str refuses 12.
     only_text = set(types) <= {str, NoneType}
     return text if only_text and type(value) not in types else value
 
@@ -197,7 +219,7 @@ def _fit(where: str, name: str, value: object, knob: Knob) -> object:
 
 
 def _run_config(path: str, values: dict, knobs: dict[str, Knob], script: str) -> dict:
-    """The knobs as the config file at `path` leaves them, or the refusal."""
+    """Run the config file at `path` -> the knobs as it leaves them, or the refusal."""
     try:
         source = Path(path).read_bytes()
         code = compile(source, path, "exec")

@@ -25,8 +25,7 @@ import torch.distributed as dist
 import watchdog
 
 # Dense flops per second in bfloat16 (float16 where a GPU has no bfloat16), from the data sheets.
-# The first name that is found in the GPU's own name counts: a name stands before every name that it
-# contains.
+# The first key that the GPU's own name contains counts, so "GB200" stands before "B200".
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -62,17 +61,15 @@ def pick_device(name, local_rank=0):
     "auto" is cuda, else mps, else cpu. Under torchrun "cuda" is the GPU of this process. Raises
     ValueError for a device that is not there.
     """
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if has_mps else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
     device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    count = {
-        "cpu": 1,
-        "mps": int(torch.backends.mps.is_available()),
-        "cuda": torch.cuda.device_count(),
-    }[device.type]
+    count = {"cpu": 1, "mps": int(has_mps), "cuda": torch.cuda.device_count()}[device.type]
     if (device.index or 0) >= count:
         raise ValueError(
             f"device = {device}, but this torch ({torch.__version__}) sees {count} {device.type} "
@@ -125,8 +122,8 @@ def peak_memory(device):
 
 
 def describe_machine(device):
-    """What a measured number belongs to: {"processor", "threads", "torch"}, and of a GPU its name
-    ("gpu"), its "driver" and "cuda", the version that torch was built for."""
+    """What a number was measured on: {"processor", "threads", "torch"}, and for a GPU also "gpu"
+    (its name), "driver" and "cuda" (the version that torch was built for)."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -169,9 +166,9 @@ def keep_freed_memory():
 def provenance():
     """What made a result: {"commit", "clean", "torch", "command"}.
 
-    commit is the one checked out in the repository that tracks this file, and clean tells whether
-    nothing there differs from it but results/, where a study writes while its runs go on. Both are
-    None without git or such a repository.
+    commit is checked out in the repository that tracks this file. clean: whether every file there
+    is as in the commit, except those in results/, where a study writes while its runs go on. Both
+    are None without git or such a repository.
     """
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
@@ -214,9 +211,9 @@ def print0(*text):
 def init_distributed(device, patience):
     """Under torchrun, start the group of all processes; without it, do nothing.
 
-    patience: the seconds after which a rank that does not come, or that hangs later, ends the job.
-    Returns a gloo group for what travels between hosts rather than devices (errors, flags), or
-    None without torchrun. Raises RunError where the processes cannot meet.
+    patience: in seconds; a rank that has not come by then, or that hangs so long later, ends the
+    job. Returns a gloo group, for errors and flags, which lie in the memory of the host and not of
+    a device; None without torchrun. Raises RunError where the processes cannot meet.
     """
     if "RANK" not in os.environ:
         return None
@@ -239,7 +236,7 @@ def init_distributed(device, patience):
             f"of {world_size} processes, rank {', '.join(map(str, missing))} did not come within "
             f"{patience:.0f} s; the logs of their machines tell why"
         )
-    # A collective waits longer than the watchdog, which can name the rank that it waits for.
+    # Twice the watchdog's time: unlike torch, it names the rank that the others wait for.
     longest = timedelta(seconds=2 * patience)
     dist.init_process_group(
         pick_backend(device), store=store, rank=rank, world_size=world_size, timeout=longest
@@ -250,7 +247,7 @@ def init_distributed(device, patience):
 
 
 def pick_backend(device):
-    """nccl for GPUs. It wants one for each process of a machine: where there are fewer, gloo."""
+    """nccl for GPUs, if each process of this machine has its own, as nccl needs; else gloo."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda" and processes <= torch.cuda.device_count():
         return "nccl"
@@ -258,10 +255,10 @@ def pick_backend(device):
 
 
 def on_all_ranks(group, work, *arguments):
-    """work(*arguments) of this process, once all processes have done theirs.
+    """Every process calls work(*arguments) and waits for the others -> its own result.
 
-    A RunError or ValueError on one of them (a shard is damaged, the disk is full) is raised on
-    all, so that none is left waiting for another.
+    A RunError or ValueError of one process (a shard is damaged, the disk is full) is raised in all
+    of them, so that none is left waiting for another.
     """
     result = error = None
     try:
@@ -278,7 +275,7 @@ def on_all_ranks(group, work, *arguments):
 
 
 def on_rank_0(group, work, *arguments):
-    """work(*arguments) on rank 0 alone; its result there, None elsewhere; its errors on all."""
+    """Rank 0 calls work(*arguments) -> its result there, None elsewhere. Its errors: on all."""
     return on_all_ranks(group, work if ranks()[0] == 0 else _nothing, *arguments)
 
 
@@ -295,10 +292,11 @@ def from_rank_0(group, value):
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C: the step is finished, a checkpoint written, and all ranks leave together.
+    """Remembers SIGTERM or Ctrl-C, so that the loop can finish its step, write a checkpoint, and
+    leave on all ranks together.
 
-    Without torchrun a second Ctrl-C leaves at once. torchrun sends the signal again and kills the
-    workers after its own timeout, so a second signal changes nothing here.
+    Without torchrun a second Ctrl-C leaves at once. Under torchrun it changes nothing: torchrun
+    itself repeats the signal, and kills the workers after its own timeout.
     """
 
     def __init__(self, group):
@@ -312,7 +310,7 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self):
-        """True on all ranks or on none. The flag travels between hosts: no device waits for it."""
+        """True on all ranks or on none. The flag is on the host, so no device waits for it."""
         if self.group is None:
             return self.received
         flag = torch.tensor(float(self.received))
