@@ -1,30 +1,30 @@
 """What paired runs say: from the metrics of a run to a table with its uncertainty.
 
-Results are dicts, one a run, as study.py keeps them in results/: `measure` and the run's arm, axes
-(the value of each swept knob that the arm does not set itself) and seed. Two arms are compared seed
-by seed, over the seeds that both finished. The columns of the table are means over seeds:
+A result is a dict, one for each run, as study.py keeps it in results/: what `measure` returns, and
+the run's arm, axes (the value of each swept knob that the arm does not set itself) and seed. Two
+arms are compared seed by seed, over the seeds that both finished. The columns of the table are
+means over seeds:
 
 loss            validation loss at the last step
 - residual      how much that is above residual's (or another arm's that the study refers to), with
                 its 95 % interval (Student's t). Where the interval holds 0, "within" is the largest
                 absolute difference in it
-equal time      the same difference, with the arm's loss at the moment at which residual was done,
-                by step times and interpolated between evaluations. For a slower arm it is an upper
-                bound: a run that was planned to end there would have lowered its rate by then
+equal time      the same difference, with the arm's loss at the time when residual was done, by step
+                times and interpolated between evaluations. For a slower arm it is an upper bound: a
+                run planned to end at that time would have lowered its learning rate by then
 speed-up        how many times sooner than residual the arm reached the last loss of whichever of
                 the two ended higher, by step times and interpolated between evaluations
 gain            the largest composite gain at an evaluation of any run
 
-Where learning_rate is swept, an arm stands at its best rate: the one with the lowest mean loss. A
-rate at which more runs diverged comes after one with fewer; one with fewer runs than another is
-not chosen. A run that diverged has no loss; it is counted.
+Where learning_rate is swept, an arm stands at its best rate. Of the rates with the most runs, these
+are the ones at which the fewest diverged, and of these it is the one with the lowest mean loss. A
+run that diverged has no loss; it is counted.
 """
 
 import csv
 import io
 import json
 import math
-import platform
 import shlex
 import statistics
 from pathlib import Path
@@ -33,6 +33,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from runtime import describe_machine
+
 RATE = "learning_rate"
 
 
@@ -40,7 +42,8 @@ RATE = "learning_rate"
 
 
 def read_run(folder):
-    """-> the config of the run in `folder`, and its metrics, a dict a line; empty without one."""
+    """-> the config of the run in `folder`, and its metrics, a dict for each line. Both are empty
+    where there is no run."""
     config, metrics = Path(folder, "config.json"), Path(folder, "metrics.jsonl")
     if not config.exists() or not metrics.exists():
         return {}, []
@@ -50,16 +53,16 @@ def read_run(folder):
 
 
 def last_step(folder):
-    """The step at which the run in `folder` is, or was cut off; 0 without one."""
+    """The step at which the run in `folder` is, or was cut off; 0 where there is no run."""
     _, records = read_run(folder)
     return records[-1]["step"] if records else 0
 
 
 def measure(records, total_batch_tokens, gave_up):
-    """What is kept of a run that ended. A loss that is not finite is None.
+    """What is kept of a run. A loss that is not finite is None.
 
-    records are the lines of its metrics.jsonl; gave_up says that train.py stopped it. The step time
-    is the median over the log lines, which other work on the machine disturbs least.
+    records: the lines of its metrics.jsonl. gave_up: whether train.py stopped it. The step time is
+    the median over the log lines: other work on the machine changes it least.
     """
     lines, evaluations, norms = [], [], []
     for record in records:
@@ -88,14 +91,10 @@ def measure(records, total_batch_tokens, gave_up):
 
 
 def hardware(device):
-    """The name of the GPU, else of the CPU."""
+    """The name of the GPU, else of the CPU. device: the knob of train.py."""
     if torch.cuda.is_available() and device != "cpu":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        return describe_machine(torch.device("cuda"))["gpu"]
+    return describe_machine(torch.device("cpu"))["processor"]
 
 
 # ---- statistics ---------------------------------------------------------------------------------
@@ -139,7 +138,7 @@ class Difference(NamedTuple):
 
 
 def interval(differences):
-    """The mean of differences, one a seed, and its 95 % interval by Student's t."""
+    """The mean of the differences, one for each seed, and its 95 % interval by Student's t."""
     n = len(differences)
     if n < 2:
         return Difference(differences[0] if n else None, None, n)
@@ -148,15 +147,17 @@ def interval(differences):
 
 
 def step_at_loss(curve, loss):
-    """The step at which a curve, [(step, loss) ..], first is at `loss`, interpolated; or None."""
-    before = None
+    """The step at which a curve, [(step, loss) ..], first reaches `loss`; None if it never does.
+    Interpolated between the curve's points."""
+    last = None  # the point before
     for step, value in curve:
         if value <= loss:
-            if before is None:
+            if last is None:
                 return step
-            share = (before[1] - loss) / (before[1] - value)
-            return before[0] + share * (step - before[0])
-        before = step, value
+            last_step, last_value = last
+            share = (last_value - loss) / (last_value - value)
+            return last_step + share * (step - last_step)
+        last = step, value
     return None
 
 
@@ -199,26 +200,27 @@ def gather(results):
 
 
 def place(point):
-    """Where a point stands, but for its rate: the points of one place compete for the best rate."""
+    """The arm and the axes without the rate. Points of one place compete for the best rate."""
     return point.arm, tuple((knob, value) for knob, value in point.axes.items() if knob != RATE)
 
 
 def best_rates(points):
-    """Of the points that differ in the learning rate alone, the best one; in their order."""
+    """The best point of each place, in the order of the places."""
     groups = {}
     for point in points:
         groups.setdefault(place(point), []).append(point)
+    return [min(group, key=badness) for group in groups.values()]
 
-    def order(point):
-        diverged = len(point.runs) - len(point.finished())
-        loss = point.mean("final_loss")
-        return -len(point.runs), diverged, math.inf if loss is None else loss
 
-    return [min(group, key=order) for group in groups.values()]
+def badness(point):
+    """Lower is better: first more runs, then fewer that diverged, then a lower loss."""
+    diverged = len(point.runs) - len(point.finished())
+    loss = point.mean("final_loss")
+    return -len(point.runs), diverged, math.inf if loss is None else loss
 
 
 def at_edge(point, points):
-    """Whether the point's rate is the lowest or the highest that its place has been run at."""
+    """Whether the point's rate is the lowest or the highest of all rates at its place."""
     rates = [
         other.axes[RATE] for other in points if place(other) == place(point) and RATE in other.axes
     ]
@@ -226,17 +228,18 @@ def at_edge(point, points):
 
 
 def reference_of(point, name, chosen):
-    """The chosen point of the arm `name` with which `point` is compared, or None.
-
-    Its swept knobs are the point's, as far as both have them; None where that is not exactly one.
-    """
-    alike = [
-        other
-        for other in chosen
-        if other.arm == name != point.arm
-        and all(point.axes.get(k, v) == v for k, v in other.axes.items() if k != RATE)
-    ]
+    """The one chosen point of the arm `name` with which `point` can be compared. None where there
+    is no such point, or more than one, or `point` is of this arm itself."""
+    if point.arm == name:
+        return None
+    alike = [other for other in chosen if other.arm == name and same_axes(point, other)]
     return alike[0] if len(alike) == 1 else None
+
+
+def same_axes(point, other):
+    """Whether the swept knobs that both points have are equal, apart from the rate."""
+    common = (point.axes.keys() & other.axes.keys()) - {RATE}
+    return all(point.axes[knob] == other.axes[knob] for knob in common)
 
 
 class Comparison(NamedTuple):
@@ -246,10 +249,10 @@ class Comparison(NamedTuple):
 
 
 def mean_curve(runs):
-    """[(step, loss) ..] of some runs: the mean where all of them have an evaluation."""
-    curves = [curve(run) for run in runs]
-    common = set.intersection(*(set(dict(one)) for one in curves))
-    return [(step, statistics.fmean(dict(one)[step] for one in curves)) for step in sorted(common)]
+    """[(step, loss) ..] of some runs: the mean at each step at which all have an evaluation."""
+    curves = [dict(curve(run)) for run in runs]
+    common = set.intersection(*(set(losses) for losses in curves))
+    return [(step, statistics.fmean(losses[step] for losses in curves)) for step in sorted(common)]
 
 
 def curve(run):
@@ -274,7 +277,8 @@ def compare(point, reference):
     our_curve = mean_curve([ours[seed] for seed in seeds])
     their_curve = mean_curve([theirs[seed] for seed in seeds])
     both_reach = max(our_curve[-1][1], their_curve[-1][1])
-    our_step, their_step = (step_at_loss(one, both_reach) for one in (our_curve, their_curve))
+    our_step = step_at_loss(our_curve, both_reach)
+    their_step = step_at_loss(their_curve, both_reach)
     speed_up = their_step / (our_step * slower) if our_step else None
     return Comparison(interval(losses), interval(equal_time), speed_up)
 
@@ -283,7 +287,7 @@ def compare(point, reference):
 
 
 def table_csv(results, references):
-    """Every point of the grid, a line each; `best` marks those that table_markdown shows."""
+    """A line for every point of the grid; `best` marks those that table_markdown shows."""
     points = gather(results)
     chosen = best_rates(points)
     rows = []
@@ -365,7 +369,7 @@ def axis_text(point, knob, points):
 
 
 def difference_text(difference):
-    """-0.0571 ± 0.0105, in bold where the interval leaves 0 out, else with its bound."""
+    """-0.0571 ± 0.0105, in bold where the interval does not hold 0, else with its bound."""
     mean, half, n = difference
     if n < 2:
         return f"{mean:+.4f} (one seed)" if n else ""
@@ -377,22 +381,23 @@ def difference_text(difference):
 
 
 def number(value, form):
-    """A figure in a format; one that is not there, or was not finite, is a dash."""
+    """`value` in the format `form`; None is a dash."""
     return "-" if value is None else format(value, form)
 
 
 NOTES = """\
-Every difference is paired by seed; ± is its 95 % interval (Student's t), in bold where it leaves 0
-out; where it does not, the difference is "within" the bound that stands there, at 95 %. One
-interval in twenty misses. comparison.py defines the columns. table.csv has the whole grid. The JSON
-file of a run has its evaluations, its commit, and the command that makes it again.
+Every difference is paired by seed, and ± is its 95 % interval (Student's t). It is in bold where
+the interval does not hold 0; elsewhere "within" is the largest absolute difference in the interval.
+One interval in twenty misses. comparison.py defines the columns. table.csv has the whole grid. The
+JSON file of a run has its evaluations, its commit, and the command that makes it again.
 """
 
 
 def report(study, results, planned, others):
-    """table.md of a study: the results of some of its `planned` runs, in the order of its cells.
+    """-> table.md of a study.
 
-    others: files in its folder that belong to no cell of it.
+    results: those that there are, in the order of the cells. planned: how many cells the study has.
+    others: files in its folder that belong to no cell.
     """
     parts = [f"# {study.name}"]
     if study.question:

@@ -1,10 +1,10 @@
-"""A study: its file, the cells of its grid, and what there is of each.
+"""A study: its file, the cells of its grid, and the result of each.
 
 A cell is one run of train.py: an arm (a name for some knobs), one value of every swept knob, a
 seed. The runs of a seed have the same initial weights and see the same batches.
 
     question = "..."                             what the runs are to decide
-    decision = "..."                             the rule by which they do, written before them
+    decision = "..."                             by which rule they decide, written before the runs
     files = ["config/laptop.py"]                 config files of train.py
     knobs = {"n_layer": 24}                      of every run, after the files
     arms = {"tbp": {"mixer": "tbp"}}             the knobs of each arm, by its name
@@ -12,8 +12,8 @@ seed. The runs of a seed have the same initial weights and see the same batches.
     sweep = {"learning_rate": [1e-3, 2e-3]}      the values of each swept knob
     references = ["residual", "identity"]        the arms with which the table compares every other
 
-knobs, sweep and references may be left out; a name of the file's own starts with _. An arm that
-sets a swept knob itself keeps its own value. Where learning_rate is swept, min_lr moves with it, in
+knobs, sweep and references may be left out; a helper variable has a name that starts with _. An arm
+that sets a swept knob itself keeps its own value. Where learning_rate is swept, min_lr changes in
 proportion.
 """
 
@@ -31,8 +31,16 @@ from mixers import OPTIONS
 from runtime import RunError
 
 TRAIN = Path(__file__).with_name("train.py")
-TYPES = {"question": str, "decision": str, "files": list, "knobs": dict, "arms": dict}
-TYPES |= {"seeds": (int, list), "sweep": dict, "references": list}  # of the names in its file
+TYPES = {  # of the names in a study's file
+    "question": str,
+    "decision": str,
+    "files": list,
+    "knobs": dict,
+    "arms": dict,
+    "seeds": (int, list),
+    "sweep": dict,
+    "references": list,
+}
 DEFAULTS = {"knobs": {}, "sweep": {}, "references": ["residual", "identity"]}
 IGNORED = ("out_dir", "init_from", "data_dir")  # knobs that do not change what a run computes
 
@@ -55,9 +63,9 @@ class Cell(NamedTuple):
     arm: str
     axes: dict  # one value of each swept knob that the arm does not set itself
     seed: int
-    arguments: list[str]  # what follows train.py, but for the folder
+    arguments: list[str]  # what follows train.py, without the folder
     folder: Path  # of the run's checkpoints, metrics and log
-    result: Path  # what is kept of it
+    result: Path  # the file in results/
 
 
 # ---- a study's file -----------------------------------------------------------------------------
@@ -98,20 +106,24 @@ def cells(study, options):
     found = {}
     for seed in study.seeds:
         for values in itertools.product(*study.sweep.values()):
-            for arm, own in study.arms.items():
-                axes = dict(zip(study.sweep, values))
-                axes = {knob: value for knob, value in axes.items() if knob not in own}
-                words = [f"{knob}={value}" for knob, value in axes.items()]
-                name = "/".join([arm, *words, f"seed{seed}"])
-                if name in found:  # an arm that sets a swept knob itself stands once
-                    continue
-                knobs = {**study.knobs, **axes, **own, "seed": seed}
-                if "learning_rate" in axes and "min_lr" not in {**axes, **own}:
-                    knobs["min_lr"] = min_lr_at(study, axes["learning_rate"])
-                folder = Path(options.out, study.name, name)
-                result = Path(options.results, study.name, name + ".json")
-                found[name] = Cell(name, arm, axes, seed, arguments(study, knobs), folder, result)
+            for arm in study.arms:
+                cell = make_cell(study, options, arm, dict(zip(study.sweep, values)), seed)
+                # An arm that sets a swept knob itself is the same cell for all values of the knob.
+                found.setdefault(cell.name, cell)
     return list(found.values())
+
+
+def make_cell(study, options, arm, axes, seed):
+    """axes: a value for every swept knob; those that the arm sets itself are left out."""
+    own = study.arms[arm]
+    axes = {knob: value for knob, value in axes.items() if knob not in own}
+    name = "/".join([arm, *(f"{knob}={value}" for knob, value in axes.items()), f"seed{seed}"])
+    knobs = {**study.knobs, **axes, **own, "seed": seed}
+    if "learning_rate" in axes and "min_lr" not in {**axes, **own}:
+        knobs["min_lr"] = min_lr_at(study, axes["learning_rate"])
+    folder = Path(options.out, study.name, name)
+    result = Path(options.results, study.name, name + ".json")
+    return Cell(name, arm, axes, seed, arguments(study, knobs), folder, result)
 
 
 def arguments(study, knobs):
@@ -121,12 +133,12 @@ def arguments(study, knobs):
 
 @functools.cache
 def knobs_of(*arguments):
-    """The knobs of train.py with these arguments; it refuses what train.py would."""
+    """The knobs of train.py with these arguments. SystemExit where train.py would refuse them."""
     return resolve(TRAIN, list(arguments), extra=OPTIONS)
 
 
 def min_lr_at(study, learning_rate):
-    """The min_lr that is to a swept learning_rate what the study's own two are to each other."""
+    """The min_lr for a swept learning_rate: their ratio is that of the study's own two."""
     own = knobs_of(*arguments(study, study.knobs))
     return float(f"{own['min_lr'] / own['learning_rate'] * learning_rate:.6g}")
 
@@ -156,13 +168,13 @@ def check_same(cell, knobs, where):
     ]
     if changed:
         raise RunError(
-            f"{where} is a run of other knobs than {cell.name} has now ({', '.join(changed)}). "
+            f"{where} is a run with other knobs than {cell.name} has now ({', '.join(changed)}). "
             "Give this study another --name=…, or move what is there"
         )
 
 
 def result_of(cell):
-    """The cell's file in results/, or None. Raises RunError if it is of other knobs."""
+    """The content of the cell's file in results/, or None. RunError if its knobs are others."""
     if not cell.result.exists():
         return None
     try:

@@ -11,7 +11,7 @@
 A study is a file with a question, a rule of decision and a grid (grid.py); config files of train.py
 with --mixers are one too. Every other --knob=value is train.py's, in all cells. The same command
 again skips what is finished and continues what was cut off. Ctrl-C or SIGTERM lets every run write
-a checkpoint. A run of other knobs is never taken for a cell's: the command is refused.
+a checkpoint. If a cell's folder has a run with other knobs, the command is refused.
 
     out/studies/NAME/CELL/           checkpoints, metrics and log of a run
     results/NAME/CELL.json           what is kept of it, a few kB: losses, step time, commit, knobs
@@ -23,7 +23,6 @@ One that fails otherwise is named at the end, and runs again with the next call.
 
 import argparse
 import ast
-import itertools
 import json
 import os
 import shlex
@@ -58,7 +57,7 @@ from runtime import RunError
 
 
 def state(cell):
-    """Of a cell, in words. Raises RunError for a run of other knobs."""
+    """How far a cell is, in words. Raises RunError for a run with other knobs."""
     if result := result_of(cell):
         return "diverged" if result["diverged"] else f"loss {result['final_loss']:.4f}"
     step = comparison.last_step(cell.folder)
@@ -69,7 +68,7 @@ def keep_result(cell, options, gave_up):
     """Write the cell's file in results/ from its run; -> its content."""
     config, records = comparison.read_run(cell.folder)
     provenance = config.pop("provenance", {})
-    provenance.pop("command", None)  # the cell's own stands beside it
+    provenance.pop("command", None)  # the result has the cell's command
     result = {
         "arm": cell.arm,
         "axes": cell.axes,
@@ -91,15 +90,16 @@ class Run(NamedTuple):
     cell: Cell
     begun: int  # the step of the checkpoint from which it goes on, or 0
     steps: int  # the step at which it ends
-    process: subprocess.Popen | None = None  # once it has started
+    process: subprocess.Popen | None = None  # None before it starts
 
     def share(self, step):
-        """What it has done at `step`, as a part of a whole run."""
+        """How much this call has done of the run when it is at `step`: 1 is a whole run."""
         return max(0, step - self.begun) / max(1, self.steps)
 
 
 def planned(cell):
-    """The cell's run, not started yet. Refuses knobs that train.py has not, or that changed."""
+    """-> the cell's Run, not started yet. Refuses knobs that train.py does not have, or that are
+    not those with which the run began."""
     steps = knobs_of(*cell.arguments)["max_iters"]
     config, _ = comparison.read_run(cell.folder)
     if config:
@@ -109,7 +109,7 @@ def planned(cell):
 
 
 def start(run, options, slot):
-    """Start a run in the background, in slot 0, 1 .. of the machine; -> it, with its process."""
+    """Start a run in the background, in slot 0, 1 .. of the machine -> the Run with its process."""
     cell, launcher = run.cell, []
     if options.processes > 1:
         processes = f"--nproc_per_node={options.processes}"
@@ -117,28 +117,33 @@ def start(run, options, slot):
     words = [sys.executable, *launcher, str(TRAIN), *cell.arguments]
     words += [f"--out_dir={cell.folder}", "--init_from=auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    if count := torch.cuda.device_count():
-        everything = ",".join(str(device) for device in range(count))
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",")
-        places = range(slot * options.processes, (slot + 1) * options.processes)
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place % count] for place in places)
+    if torch.cuda.device_count():
+        environment["CUDA_VISIBLE_DEVICES"] = gpus_of_slot(slot, options.processes)
     say(f"{cell.name}: from step {run.begun}: {command(cell, options)}")
     cell.folder.mkdir(parents=True, exist_ok=True)
     with open(cell.folder / "log.txt", "ab") as log:
-        # in a session of its own: Ctrl-C reaches this process alone, which tells the runs
+        # A session of its own: Ctrl-C reaches only this process, which then stops the runs.
         streams = {"stdout": log, "stderr": log}
         process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
     return run._replace(process=process)
 
 
+def gpus_of_slot(slot, processes):
+    """The CUDA_VISIBLE_DEVICES of a run with so many processes: the slots take turns."""
+    count = torch.cuda.device_count()
+    everything = ",".join(str(device) for device in range(count))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",")
+    places = range(slot * processes, (slot + 1) * processes)
+    return ",".join(visible[place % count] for place in places)
+
+
 def settle(run, options, stopping):
-    """Keep the result of a run that ended; -> it in words. Raises RunError if the run failed."""
+    """Keep the result of a run that ended -> the result in words. RunError if the run failed."""
     config, records = comparison.read_run(run.cell.folder)
     step, failed = comparison.last_step(run.cell.folder), run.process.returncode != 0
-    skipped = [record["skipped"] for record in records if "skipped" in record]  # by log line
-    gave_up = failed and skipped and skipped[-1] and sum(skipped) >= config["max_bad_steps"]
+    gave_up = failed and ends_in_bad_steps(records, config)
     if gave_up or (not failed and step >= run.steps):
-        result = keep_result(run.cell, options, bool(gave_up))
+        result = keep_result(run.cell, options, gave_up)
         if result["diverged"]:
             return f"diverged, at step {step}"
         return f"loss {result['final_loss']:.4f}, {result['ms_per_step']:.0f} ms a step"
@@ -147,6 +152,14 @@ def settle(run, options, stopping):
     log = run.cell.folder / "log.txt"
     end = "\n    ".join(log.read_text(errors="replace").splitlines()[-5:])
     raise RunError(f"failed; {log} ends with\n    {end}")
+
+
+def ends_in_bad_steps(records, config):
+    """Whether train.py gave up a run with these metrics, since too many steps were not finite."""
+    skipped = [record["skipped"] for record in records if "skipped" in record]  # by log line
+    if not skipped or not skipped[-1]:
+        return False
+    return sum(skipped) >= config["max_bad_steps"]
 
 
 def run_grid(study, todo, options):
@@ -193,25 +206,29 @@ def run_grid(study, todo, options):
 
 
 def time_left(seconds, done, total, running):
-    """In words, when so many seconds did `done` of `total` runs and parts of those `running`."""
+    """How long the rest will take, in words. `seconds` have passed, in which `done` of `total` runs
+    were done, and parts of those that are `running`."""
     done += sum(run.share(comparison.last_step(run.cell.folder)) for run in running)
     minutes = round(seconds * (total - done) / done / 60) if done else 0
     return f"about {minutes // 60} h {minutes % 60:02} min"
 
 
 def run_again(study, cell, options):
-    """Run a finished cell anew, elsewhere. Raises RunError unless all its losses are the same."""
+    """Run a finished cell again, in another folder. RunError unless all its losses are the same."""
     first = result_of(cell)
     if first is None:
         raise RunError(f"{cell.name} has no result yet that a second run could be compared with")
-    tries = (Path(f"{cell.folder}-again{number}") for number in itertools.count(1))
-    folder = next(folder for folder in tries if not folder.exists())
+    number = 1
+    while Path(f"{cell.folder}-again{number}").exists():
+        number += 1
+    folder = Path(f"{cell.folder}-again{number}")
     again = cell._replace(folder=folder, result=folder / "result.json")
     run_grid(study, [again], options)
     second = result_of(again)
     if second is None:
         raise RunError(f"{cell.name} was not run to its end; see {folder}/log.txt")
-    then, now = ([(e["step"], e["val"]) for e in run["evaluations"]] for run in (first, second))
+    then = [(evaluation["step"], evaluation["val"]) for evaluation in first["evaluations"]]
+    now = [(evaluation["step"], evaluation["val"]) for evaluation in second["evaluations"]]
     if then != now:
         raise RunError(
             f"not the same losses. Then, by step: {then}, {first['provenance']}. "
@@ -221,11 +238,12 @@ def run_again(study, cell, options):
 
 
 def write_table(study, options):
-    """Write table.md and table.csv from what results/ has of the study; -> the text of table.md."""
+    """Write table.md and table.csv from what results/ has of the study -> the text of table.md."""
     folder, plan = Path(options.results, study.name), cells(study, options)
     results = [result for cell in plan if (result := result_of(cell))]
-    others = sorted(map(str, set(folder.glob("*/**/*.json")) - {cell.result for cell in plan}))
-    text = comparison.report(study, results, len(plan), others)
+    # A file in the folder itself is analyze.py's; those of cells lie in folders below it.
+    strangers = set(folder.glob("*/**/*.json")) - {cell.result for cell in plan}
+    text = comparison.report(study, results, len(plan), sorted(map(str, strangers)))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "table.md", text.encode())
     write_atomic(folder / "table.csv", comparison.table_csv(results, study.references).encode())
@@ -240,7 +258,7 @@ def say(text):
 
 
 def parse_command_line():
-    """-> the options, and what is train.py's: {knob: text}."""
+    """-> the options, and the knobs of train.py: {knob: text}."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -248,21 +266,19 @@ def parse_command_line():
     )
     add = parser.add_argument
     add("files", nargs="+", help="a study (config/studies/*.py), or config files of train.py")
-    add("--arms", "--mixers", default="all", help="some, with commas between")
-    add("--seeds", help="5 for 1 to 5; 2,3 or 2, for these (default: a study's, else 5)")
-    add("--sweep", action="append", default=[], metavar="KNOB=VALUES", help="an axis, or its part")
-    add("--name", help="of the two folders (default: the last file's)")
-    add(
-        "--jobs", type=int, default=1, help="runs at once, each on GPUs of its own if there are any"
-    )
+    add("--arms", "--mixers", default="all", help="names with commas between, or all")
+    add("--seeds", help="5 for 1 to 5; 2,3 or 2, for these alone (default: the study's, else 5)")
+    add("--sweep", action="append", default=[], metavar="KNOB=VALUES", help="a knob's values")
+    add("--name", help="of the study's folders in out/studies and results (default: the file's)")
+    add("--jobs", type=int, default=1, help="runs at a time, each with its own GPUs if any")
     add("--threads", type=int, default=1, help="of each process")
     add("--processes", type=int, default=1, help="of each run, under torchrun")
     add("--list", action="store_true", help="show the cells and their state; run nothing")
     add("--dry_run", action="store_true", help="show the commands; run nothing")
     add("--table", action="store_true", help="write the table; run nothing")
-    add("--cell", help="run a finished one again, elsewhere, and compare the losses")
-    add("--results", default="results", help="folder of what is kept")
-    add("--out", default="out/studies", help="folder of checkpoints and logs")
+    add("--cell", help="the name of a finished cell: run it again, elsewhere; compare the losses")
+    add("--results", default="results", help="folder for results and tables")
+    add("--out", default="out/studies", help="folder for checkpoints and logs")
     options, rest = parser.parse_known_args()
     for name in ("jobs", "threads", "processes"):
         if getattr(options, name) < 1:
@@ -304,11 +320,15 @@ def parse_sweep(axes):
 
 
 def choose(what, wanted, there):
-    """The `wanted` ones of `there` in its order; None: all. Raises RunError if one is not."""
-    if missing := [str(one) for one in wanted or [] if one not in there]:
-        there = ", ".join(map(str, there))
-        raise RunError(f"there is no {what} {', '.join(missing)}; there are {there or 'none'}")
-    return [one for one in there if wanted is None or one in wanted]
+    """Those of `there` that are `wanted`, in the order of `there`; all of them for None.
+
+    Raises RunError if a wanted one is not there; `what` says what they are: "arm"."""
+    if wanted is None:
+        return list(there)
+    if missing := [str(one) for one in wanted if one not in there]:
+        known = ", ".join(map(str, there)) or "none"
+        raise RunError(f"there is no {what} {', '.join(missing)}; there are {known}")
+    return [one for one in there if one in wanted]
 
 
 def study_of_mixers(options, names, seeds, sweep):
@@ -319,14 +339,22 @@ def study_of_mixers(options, names, seeds, sweep):
             knobs["n_streams"] = 1
     words = [*options.files, f"--mixers={options.arms}", f"--seeds={options.seeds or 5}"]
     words += [word for axis in options.sweep for word in ("--sweep", axis)]
-    name = Path(options.files[-1]).stem
-    again = f"python study.py {shlex.join(words)}"
-    references = ["residual", "identity"]
-    return Study(name, again, "", "", options.files, {}, arms, seeds, sweep, references)
+    return Study(
+        name=Path(options.files[-1]).stem,
+        command=f"python study.py {shlex.join(words)}",
+        question="",
+        decision="",
+        files=options.files,
+        knobs={},
+        arms=arms,
+        seeds=seeds,
+        sweep=sweep,
+        references=["residual", "identity"],
+    )
 
 
 def read_command_line():
-    """-> the options, the study, and the part of it that this call is about."""
+    """-> the options, the whole study, and the part of it that the options name."""
     options, knobs = parse_command_line()
     names = None if options.arms == "all" else options.arms.split(",")
     seeds = parse_seeds(options.seeds) if options.seeds else None

@@ -321,14 +321,14 @@ def test_a_run_of_other_knobs_is_not_taken_for_a_cell(call, tiny_study, tmp_path
     assert "identity/seed1: loss 5.0000" in call(path, "--list")
 
     output = call(path, "--n_layer=3", "--list", ok=False)
-    assert "identity/seed1.json is a run of other knobs" in output and "n_layer: 2 -> 3" in output
+    assert "identity/seed1.json is a run with other knobs" in output and "n_layer: 2 -> 3" in output
     assert "read_start: 0.7 -> 0.6" in call(path, "--read_start=0.6", "--list", ok=False)
     assert "identity/seed1: not begun" in call(path, "--n_layer=3", "--name=other", "--list")
 
     (begun / "config.json").write_text(json.dumps({**knobs, "n_layer": 5}))
     (begun / "metrics.jsonl").write_text('{"step": 2, "val": 5.0, "gain": 1.0}\n')
     output = call(path, "--arms=residual", "--seeds=2,", ok=False)
-    assert "out/studies/tiny/residual/seed2 is a run of other knobs" in output
+    assert "out/studies/tiny/residual/seed2 is a run with other knobs" in output
     assert "mixer: 'identity' -> 'residual'" in output and not (begun / "log.txt").exists()
 
 
