@@ -11,7 +11,7 @@ With the same seed, a model with any mixer computes at the start what the plain 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -94,19 +94,13 @@ class GPTConfig:
 
     def refuse_knobs_of_streams(self):
         """ValueError where a knob that means nothing for one stream is not at its default."""
-        defaults = {
-            "gates": "auto",
-            "sees": "streams",
-            "wraps": "sublayer",
-            "mix_scale": "none",
-            "stream_start": "equal",
-            "readout": "mean",
-        }
-        for name, value in defaults.items():
-            if getattr(self, name) != value:
+        of_streams = ("gates", "sees", "wraps", "mix_scale", "stream_start", "readout")
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            if knob.name in of_streams and value != knob.default:
                 raise ValueError(
-                    f"{self.mixer} has one stream, so {name} must be {value!r}, "
-                    f"not {getattr(self, name)!r}"
+                    f"{self.mixer} has one stream, so {knob.name} must be {knob.default!r}, "
+                    f"not {value!r}"
                 )
 
 
