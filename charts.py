@@ -164,10 +164,10 @@ def remaining(sums, taken):
 
 
 # ---- many streams: the same maps on tensors ------------------------------------------------------
-# A straight line over n^2 planes takes a compiler too long when n is large. Here a tensor carries
-# the index of an entry in its first dimensions, before the tokens, and a chart is one operation to
-# the compiler: nothing in it is compiled, so compiling takes as long for any n. Tests hold these
-# maps to the straight lines above.
+# A straight line over n^2 planes takes a compiler too long when n is large. Here the first
+# dimensions of a tensor count entries, and the tokens come after them. A chart is one operation
+# that the compiler does not look into, so compiling takes equally long for any n. The tests compare
+# these maps with the straight lines above.
 
 
 @torch.library.custom_op("charts::tbp_stacked", mutates_args=())
@@ -178,7 +178,9 @@ def tbp_stacked(logits: torch.Tensor, n: int) -> torch.Tensor:
 
 @torch.library.custom_op("charts::tbp_stacked_backward", mutates_args=())
 def tbp_stacked_backward(logits: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of M (n, n, ...) -> that of the logits. Walks forward again, and then back."""
+    """The gradient of M (n, n, ...) -> that of the logits. Walks forward again, and then back.
+
+    The names without grad_ in the loop are gradients too, of what `walk_diagonals` calls so."""
     n, kept = len(grad), []
     M = walk_diagonals(logits, n, kept)
     through_corner = grad[-1, -1] * (M[-1, -1] > 0)
@@ -203,12 +205,13 @@ def tbp_stacked_backward(logits: torch.Tensor, grad: torch.Tensor) -> torch.Tens
 
 
 def walk_diagonals(logits, n, kept):
-    """M (n, n, ...). Adds to `kept`, for each antidiagonal, what the backward needs of it.
+    """-> M (n, n, ...). Appends to `kept` what the backward needs of each antidiagonal.
 
     The entries (i, d - i) of antidiagonal d depend only on the antidiagonals before. What is left:
     r      of each row, from the top
-    c      of each column, from the right: the rows of an antidiagonal go down, its columns go left
-    right  of all columns right of a column, in the same order: it loses what its row has left
+    c      of each column, from the right: down an antidiagonal, rows go down and columns go left
+    right  of all columns right of each column, in the order of c. An entry takes from it what the
+           entry's row then has left
     lost   the rounding error of `right` so far, kept apart (Neumaier's compensated summation):
            `right` shrinks from n - 1 to where 1e-7 counts
     """
@@ -238,8 +241,8 @@ def walk_diagonals(logits, n, kept):
 
 
 def diagonal(d, n):
-    """Where antidiagonal d lies: its rows, its columns from the right, its entries in M row by row,
-    and its own logits, as slices that go down the antidiagonal."""
+    """Where antidiagonal d lies, as slices that go down it: its rows, its columns counted from the
+    right, its entries in M.flatten(0, 1), and its logits."""
     top, bottom = max(0, d - n + 2), min(d, n - 2)
     from_right = n - 2 - d  # of column d - i, plus i
     return (
@@ -265,12 +268,14 @@ def rtbp_stacked_backward(logits: torch.Tensor, grad: torch.Tensor) -> torch.Ten
 
 
 def rtbp_side_by_side(logits, n):
+    """The map, in operations that autograd knows."""
     ones = torch.ones_like(logits[:1]).expand(n, *logits.shape[1:])
     return transport_stacked(logits, ones, ones)
 
 
 def transport_stacked(logits, r, c):
-    """`transport`: logits in the chart's order, rows that sum to r and columns to c (n, ...)."""
+    """`transport`, from logits (K, ...) in the chart's order and the sums r and c (n, ...) of rows
+    and columns -> M (n, n, ...)."""
     n, h = len(r), len(r) // 2
     if n == 2:
         m = point((r[0] - c[1]).relu(), torch.minimum(r[0], c[0]), logits[0])
@@ -296,7 +301,7 @@ def transport_stacked(logits, r, c):
 
 
 def transport_odd(logits, r, c):
-    """A corner and its row and column, as `border`, and an even problem."""
+    """As `transport` for odd n: a corner, the rest of its row and column, and an even problem."""
     n = len(r)
     lo, hi = (r[-1] - c[:-1].sum(0)).relu(), torch.minimum(r[-1], c[-1])
     corner = point(lo, hi, logits[0])
@@ -326,11 +331,11 @@ def spread_stacked(logits, mass, capacity):
 
 
 def side_by_side(logits, count):
-    """The logits of `count` problems, one after the other (K, ...) -> (K / count, count, ...)."""
+    """Logits (K, ...) of `count` problems, one after the other -> (K / count, count, ...)."""
     return logits.unflatten(0, (count, -1 if len(logits) else 0)).transpose(0, 1)
 
 
-# ---- what PyTorch must know of the two operations ------------------------------------------------
+# ---- what PyTorch must know about the two operations ---------------------------------------------
 
 
 def matrix_like(logits, n):

@@ -196,21 +196,16 @@ def hub_files(dataset, config, revision, split):
 
 
 def start():
-    """-> the position before the first document, a dict of counts:
-
-    file                          files that are read to their end
-    row, of_file                  rows read of the next file; how many of them were not empty
-    documents, empty, skipped     what became of all rows so far
-    """
+    """-> the position before the first document: files read to their end, rows read of the next
+    one and how many of these were not empty, and what became of all rows so far."""
     return {"file": 0, "row": 0, "of_file": 0, "documents": 0, "empty": 0, "skipped": 0}
 
 
 def read_documents(files, reading, position):
-    """Yields the texts after `position`, and keeps `position` up to date. Empty texts are counted
-    and not yielded.
+    """Yields the texts after `position`, and keeps `position` up to date. Empty texts are counted.
 
-    Raises DataError for a file that cannot be read. Raises it for a file or a row without a text as
-    well, unless reading.skip_unusable: then these are counted."""
+    Raises DataError for a file that cannot be read, and for a file or a row without a text unless
+    reading.skip_unusable: then these are counted."""
     while position["file"] < len(files):
         path = files[position["file"]]
         rows = _read_file(path, reading)
@@ -238,8 +233,7 @@ def _skip(position, reading, reason):
 
 
 def _place(path, reading, row):
-    """-> what a message calls a row: its file and its number, or, for a file that is one document,
-    the file alone."""
+    """-> what a message calls a row: its file and its number; only the file if that is one text."""
     if READERS[kind_of(path)] is not read_text:
         return f"{path}, row {row}"
     return f"{path}, document {row}" if reading.separator else path
@@ -425,7 +419,7 @@ def _text_of(row, key):
 
 
 def _remedy(row):
-    """What to do about a row without a text in the column that was asked for."""
+    """What to do about a row that has no text in the column that was asked for."""
     if columns := _text_columns(row):
         return f"pass --text-key, one of {brief(', '.join(columns))}"
     kinds = [f"{name} (a {type(value).__name__})" for name, value in row.items()]

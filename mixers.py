@@ -11,7 +11,7 @@ walk that registry, so a new mixer is one section here (and its oracle in tests/
 Inside a mixer, M is a list of n rows, and a row is a list of n *planes*. A plane is a tensor of the
 shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a straight line
 of pointwise operations on planes, which torch.compile fuses into one kernel. For more than
-FEW_STREAMS that line is too long, and a mixer may have another form, on tensors that stack planes.
+FEW_STREAMS this line gets too long, and a mixer may have another form: one tensor of all planes.
 
 Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732, KromHC 2601.21579, TBP and RTBP
 2605.21724, identity mixing 2607.28611.
@@ -28,7 +28,7 @@ import torch
 
 import charts
 
-FEW_STREAMS = 4  # up to so many, coefficients are planes; with more they are tensors
+FEW_STREAMS = 4  # up to this many, coefficients are lists of planes; for more they are tensors
 
 # ---- the contract --------------------------------------------------------------------------------
 

@@ -3,17 +3,17 @@
     python -m dev.reach                                    # every mixer, n = 3, 4, 8
     python -m dev.reach --mixers=tbp,kronecker --streams=4 --out=out/reach
 
-Targets are 250 random matrices of each kind in `TARGETS`, all moved by 1 % towards the uniform
-matrix, since a vertex of the polytope is at infinite logits. Adam fits each one alone, from two
-starts: where training starts (mix_start .01), and the uniform matrix. The best of three rates
-counts. Distances are Frobenius norms of M - T; that of M = I stands beside them.
+Targets T are 250 random matrices of each kind in `TARGETS`, all moved by 1 % towards the uniform
+matrix, since permutation matrices have infinite logits. Adam fits a matrix to each target, from two
+starts: where training starts (mix_start .01), and the uniform matrix. The best of three learning
+rates counts. Distances are Frobenius norms of M - T; the distance of M = I stands beside them.
 
 The task asks for one matrix M that shows each of n streams in turn: the first row of M^t should be
 stream t's unit vector, for t = 1 .. 2n. Its loss is the mean squared distance of those rows. Some
 n-cycle is needed, a permutation that visits every stream.
 
-    reach.json     medians and the tenths at both ends, of every mixer, n and kind
-    reach.png      the same as a figure
+    reach.json     for every mixer, n and kind: the median, and the lowest and the highest tenth
+    reach.png      the medians as a figure
 """
 
 import argparse
@@ -39,8 +39,8 @@ from runtime import provenance
 SOFT = 0.01  # how far a target is moved towards the uniform matrix
 RATES = (0.03, 0.1, 0.3)
 STARTS = {"start": 0.01, "uniform": 1.0}  # of `blend`
-SOLVED = 0.01  # a loss of the task
-TRIES = 16  # of the task, with noise of standard deviation .1 on the starting logits
+SOLVED = 0.01  # the task is solved at a lower loss
+TRIES = 16  # at the task, with noise of standard deviation .1 on the starting logits
 
 
 # ---- targets -------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def sinkhorn_samples(count, n):
 TARGETS = {
     "n-cycle": cycles,
     "two permutations": lambda count, n: mixtures(count, n, 2),
-    # Caratheodory: no matrix of the polytope needs more
+    # Caratheodory: no doubly stochastic matrix needs more
     "many permutations": lambda count, n: mixtures(count, n, (n - 1) ** 2 + 1),
     "sinkhorn sample": sinkhorn_samples,
 }
@@ -107,10 +107,10 @@ def by_inverse(name, targets):
 
 
 def descend(name, n, logits, loss, steps):
-    """Adam at every rate of RATES, side by side.
+    """Adam at each of RATES, side by side.
 
-    logits (count, K), where all begin. loss: M (count, n, n) -> (count,).
-    -> the lowest loss of each one until the steps of `looks`, (looks, count).
+    logits: (count, K), where each rate begins. loss: a function of M (count, n, n) -> (count,).
+    -> (looks, count): at each step of `looks`, the lowest loss so far at any rate.
     """
     parameters = [logits.clone().requires_grad_() for _ in RATES]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, RATES)]
@@ -139,6 +139,7 @@ def looks(steps):
 
 
 def squared_distance(target):
+    """The loss of `descend` that is the squared distance from target."""
     return lambda M: (M - target).square().sum((-2, -1))
 
 
@@ -204,13 +205,13 @@ def why_not(name, n):
 
 
 def of_identity(targets):
-    """How far M = I is, as `study` has it; Adam has nothing to do there."""
+    """How far M = I is, in the form of `study`. It has no logits that Adam could change."""
     off = distance(torch.eye(targets.shape[-1], dtype=targets.dtype), targets).chunk(len(TARGETS))
     return {kind: dict.fromkeys(STARTS, tenths(numbers)) for kind, numbers in zip(TARGETS, off)}
 
 
 def table(found):
-    """Of every n a line a mixer: the median distance by gradient descent from the start, and how
+    """A line for each n and mixer: the median distance by gradient descent from the start, and how
     often the task was solved."""
     lines = []
     for n, mixers in found.items():
@@ -224,7 +225,7 @@ def table(found):
 
 
 def reach_figure(found, steps):
-    """A row for every n, a column a kind of target: the median distance against steps of Adam."""
+    """A row for each n, a column for each kind of target: median distance against steps of Adam."""
     figure = plots.new_figure(2.0 * len(found) + 0.8)
     grid = figure.subplots(len(found), len(TARGETS), sharex=True, sharey=True, squeeze=False)
     for row, (n, mixers) in zip(grid, found.items()):
