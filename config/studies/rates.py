@@ -1,0 +1,29 @@
+# Rates of learning, deep and thin: 24 layers of 64 channels, as config/studies/constraint.py.
+# python prepare_data.py && python study.py config/studies/rates.py --jobs=2
+question = "Is the free M's lead over the exact one a matter of the rate at which they learn?"
+decision = """\
+Each arm counts at its own best rate, and a best rate at the edge of the grid decides nothing. The
+lead stands if the 95 % interval of hc minus tbp leaves out 0 there. tbp_fast, whose connections
+learn at four times the rate, says whether a bounded M is only slow: it explains the part of the lead
+that it closes, if its interval against tbp leaves out 0."""
+
+files = ["config/laptop.py"]
+knobs = {
+    "n_layer": 24,
+    "n_head": 2,
+    "n_embd": 64,
+    "max_iters": 1000,
+    "lr_decay_iters": 1000,
+    "min_lr": 2e-4,
+    "eval_interval": 250,
+    "checkpoint_interval": 500,
+}
+seeds = 5
+sweep = {"learning_rate": [4e-3, 1e-3, 2e-3]}
+references = ["residual", "tbp"]
+arms = {
+    "residual": {"mixer": "residual", "n_streams": 1},
+    "tbp": {"mixer": "tbp"},
+    "hc": {"mixer": "hc"},
+    "tbp_fast": {"mixer": "tbp", "connection_lr": 4.0},
+}
