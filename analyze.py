@@ -22,7 +22,6 @@ import glob
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ from data import TokenBlocks, write_atomic
 from measure import composite_gains, look_at, loss_changes
 from mixers import composite_gain
 from model import GPT, GPTConfig
-from runtime import RunError, pick_device, provenance
+from runtime import RunError, pick_device, provenance, run_script
 from trained import find_checkpoint
 
 # One run
@@ -383,7 +382,4 @@ def finite(value):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -30,11 +30,9 @@ stream_gb_s         CUDA: bytes per second of the generated kernels that touch a
                     all streams (dev/costs.py); copy_gb_s is a copy's in the same process
 """
 
-import contextlib
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import fields
@@ -46,7 +44,7 @@ import torch
 
 import compiler
 import runtime
-from configurator import configure
+from configurator import at_least, configure
 from data import write_atomic
 from dev import costs
 from dev.plain_gpt2 import PlainGPT2
@@ -154,11 +152,8 @@ def check_knobs():
     on_cpu = runtime.pick_device(device).type == "cpu"
     if clock not in CLOCKS or clock == "processor" and not on_cpu:
         raise ValueError(f"clock must be wall, or on a CPU processor, not {clock!r}")
-    for name in ("steps", "warmup", "batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, not {config[name]}")
-    if rounds < 0:
-        raise ValueError(f"rounds must be at least 0, not {rounds}")
+    at_least(config, 1, "steps", "warmup", "batch_size")
+    at_least(config, 0, "rounds")
     if not (rounds or fresh):
         raise ValueError("with rounds = 0 and fresh = False there is nothing to measure")
     if not os.access(Path(out).parent, os.W_OK):
@@ -260,9 +255,7 @@ class Trainer:
     def __init__(self, case):
         self.device = runtime.pick_device(device)
         activations = runtime.pick_dtype(dtype, self.device)
-        self.autocast = contextlib.nullcontext()
-        if activations != torch.float32:
-            self.autocast = torch.autocast(self.device.type, activations)
+        self.autocast = runtime.pick_autocast(activations, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=activations == torch.float16)
         self.deterministic = case.deterministic
         # Filling takes time, and nothing here reads memory that was not written.
@@ -439,11 +432,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (runtime.RunError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except Exception as error:
-        if not (reason := compiler.why_not_compiled(error)):
-            raise
-        sys.exit(reason)
+    runtime.run_script(main)

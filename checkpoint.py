@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 
 from data import write_atomic
-from runtime import RunError
+from runtime import RunError, print0
 from tokenizer import tokenizer_name
 
 KEYS = {
     *("model", "optimizer", "config", "model_config", "command", "provenance"),
     *("tokenizer", "n_vocab", "shards"),
-    *("step", "best_val", "evaluated", "logged_step", "tally", "scaler"),  # train.py's `progress`
+    *("step", "best_val", "evaluated", "logged_step", "tally", "scaler"),  # progress.Progress
 }
 # A resumed run must keep these, and model_config. The last two decide which parameters are in which
 # group of the optimizer.
@@ -335,6 +335,22 @@ def fingerprint(meta):
     splits = json.dumps(meta["splits"], sort_keys=True)
     count = meta["splits"]["train"]["tokens"]
     return f"{count:,} training tokens, checksum {zlib.crc32(splits.encode()):08x}"
+
+
+def resume(path, config, model, optimizer, progress, meta):
+    """Put the checkpoint `path` into model, optimizer and progress, and print what has changed.
+
+    config: the knobs now. meta: that of the data set. Raises RunError.
+    """
+    state = load(path)
+    changed = check_same_run(path, state, config, model.config, meta)
+    restore(path, state, model, optimizer)
+    vars(progress).update({name: state[name] for name in vars(progress)})
+    print0(f"resumed from {path} at step {progress.step}")
+    if changed:
+        print0("changed since the checkpoint: " + ", ".join(changed))
+    if state["config"]["eval_tokens"] != config["eval_tokens"]:
+        progress.evaluated = None  # the old evaluation read other tokens
 
 
 def check_same_run(path, state, config, model_config_now, meta):

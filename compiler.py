@@ -5,7 +5,7 @@ torch.compile on this machine: does it work, and is its code right?
     with compiler.on_trial(dtype, loss_and_gradients, model, sample, autocast):
         model.compile_regions()
 
-Where a script ends with an error, `why_not_compiled` says whether the machine is the cause.
+Where a script ends with an error, runtime.run_script says whether the machine is the cause.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 import filelock  # which torch brings
 import torch
 
-from runtime import RunError, ranks
+from runtime import RunError, ranks, why_not_compiled
 
 TESTED_TORCH = ("2.11", "2.12", "2.13")  # versions that the tests pass on
 
@@ -46,24 +46,6 @@ def prepare(compile):
         importlib.import_module("torch._dynamo")  # makes the folder of the cache
     except OSError as error:
         raise RunError(why_not_compiled(error)) from error
-
-
-def why_not_compiled(error):
-    """A line for a user whose machine lacks what torch.compile needs: a compiler, or a folder to
-    write to. None where `error` is something else."""
-    if isinstance(error, OSError):
-        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # torch's own name
-        failed = cache in str(error.filename)
-    else:
-        failed = "BackendCompilerFailed" in [kind.__name__ for kind in type(error).__mro__]
-    if not failed:
-        return None
-    reason = str(error).splitlines()[0]
-    return (
-        f"torch.compile does not work here ({reason}). It needs a C++ compiler (CXX names one) and "
-        "a folder where it can write and lock files (TORCHINDUCTOR_CACHE_DIR names one); or do "
-        "without: --compile=False"
-    )
 
 
 # ---- is it right? --------------------------------------------------------------------------------

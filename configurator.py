@@ -110,6 +110,13 @@ def resolve(script: Path, argv: list[str], extra: dict | None = None) -> dict:
     return configure(_constants(script), argv, extra=extra)
 
 
+def at_least(config: dict, least: int, *names: str) -> None:
+    """Raises ValueError for a knob of these names that is below `least`."""
+    for name in names:
+        if config[name] < least:
+            raise ValueError(f"{name} must be at least {least}, not {config[name]}")
+
+
 def _refuse(message: str) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(2)

@@ -31,7 +31,7 @@ from data import read_meta, write_atomic
 from mixers import OPTIONS, find_mixer
 from model import GPT, GPTConfig
 from remix import drop_what_misleads, measure, sequences, with_mixer
-from runtime import RunError, provenance
+from runtime import RunError, provenance, run_script
 from tokenizer import describe, sizes
 
 OURS = "mixed_residual_streams"  # the key in config.json of what only this project knows
@@ -298,7 +298,4 @@ def convert_mixer(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -19,7 +19,6 @@ characters. LAMBADA: the last word of a text. Accuracy: how often each of its to
 likeliest. Perplexity is of whole words.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -32,10 +31,10 @@ import torch
 import checkpoint as checkpoints
 import compiler
 import scoring
-from configurator import configure
+from configurator import at_least, configure
 from corpus import ask_hub, read_whole
 from data import DataError, brief, probe, read_meta, read_shard, write_atomic
-from runtime import RunError, pick_device, provenance
+from runtime import pick_autocast, pick_device, provenance, run_script
 from tokenizer import tokenizer_name
 from trained import activation_dtype, open_trained
 
@@ -65,11 +64,8 @@ def check_knobs():
     """Raises ValueError for what no evaluation can have."""
     if not (data or hellaswag or lambada):
         raise ValueError("there is nothing to measure: name --data, --hellaswag or --lambada")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    for name in ("eval_tokens", "stride", "examples"):
-        if config[name] < 0:
-            raise ValueError(f"{name} must not be negative, as {config[name]} is")
+    at_least(config, 1, "batch_size")
+    at_least(config, 0, "eval_tokens", "stride", "examples")
     folder = os.path.dirname(os.path.expanduser(results)) or "."
     if results and os.path.exists(os.path.expanduser(results)):
         raise ValueError(f"--results: {results} is there already; remove it, or name another")
@@ -293,9 +289,7 @@ def main():
     device = pick_device(config["device"])
     trained = open_trained(out_dir, checkpoint, init_from, device)
     chosen = activation_dtype(dtype, trained.model, device)
-    autocast = contextlib.nullcontext()
-    if chosen != torch.float32:
-        autocast = torch.autocast(device.type, chosen)
+    autocast = pick_autocast(chosen, device)
 
     measured = {}
     if data:
@@ -315,13 +309,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except (OSError, RuntimeError) as error:
-        if not (reason := compiler.why_not_compiled(error)):
-            raise
-        sys.exit(reason)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -1,15 +1,30 @@
 """
 What a run reports while it goes: counts, a clock, and the lines of its log.
 
-    tally, clock = Tally([0.0] * 5, device), Clock(step)
+    progress = Progress()
+    tally, clock = Tally(progress.tally, device), Clock(progress.step)
     tally.add(bad, norm, grad_clip)             # every step; the host does not wait
     line = metrics_line(step, logged_step, tally, clock, loss, norm, lr)    # here it does
     print(log_line(line, max_iters, tokens_per_step))
 """
 
+import math
 import time
+from dataclasses import dataclass, field
 
 import torch
+
+
+@dataclass
+class Progress:
+    """What a checkpoint carries beside weights and moments."""
+
+    step: int = 0
+    best_val: float = math.inf
+    evaluated: int | None = None  # the step of the last evaluation
+    logged_step: int = 0  # the step of the last log line
+    tally: list = field(default_factory=lambda: [0.0] * 5)  # what a Tally has counted since then
+    scaler: dict = field(default_factory=dict)  # the loss scale of float16
 
 
 class Tally:

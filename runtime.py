@@ -8,6 +8,7 @@ The machine that a script runs on: device, dtype, peak flops and memory, process
 One process without torchrun is rank 0 of 1, and every function here works for it as well.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -80,19 +82,33 @@ def pick_device(name, local_rank=0):
     return device
 
 
-def pick_dtype(name, device):
-    """The torch.dtype of activations that a script's knob means; ValueError for an unknown one.
+def pick_dtype(name, device, streams="auto"):
+    """The torch.dtype of activations that a script's knob means.
 
     "auto" is bfloat16 on a GPU that computes with it (not one that emulates it), else float32.
+    streams: the model's stream_dtype. Raises ValueError for an unknown name, and for another dtype
+    than that of streams in bfloat16.
     """
     if name not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {name!r}")
+    chosen = torch.float32
     if name != "auto":
-        return getattr(torch, name)
-    cuda = device.type == "cuda"
-    if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+        chosen = getattr(torch, name)
+    elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        chosen = torch.bfloat16
+    if streams == "bfloat16" and chosen != torch.bfloat16:
+        raise ValueError(
+            "streams in bfloat16 need branches in bfloat16, and dtype is "
+            f"{str(chosen).removeprefix('torch.')}: say --dtype=bfloat16"
+        )
+    return chosen
+
+
+def pick_autocast(dtype, device):
+    """The context in which a model computes with activations of this dtype."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def peak_flops(device):
@@ -158,6 +174,72 @@ def keep_freed_memory():
     if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+# ---- a script from start to end ------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """What this process computes on, and with which others."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    autocast: contextlib.AbstractContextManager  # in which a model computes
+    group: dist.ProcessGroup | None  # for what travels between hosts; None without torchrun
+    stop: "StopSignal"
+
+
+def set_up(device, dtype, deterministic, patience):
+    """For training: set what torch keeps for the whole process, and meet the other processes.
+
+    dtype: of activations. patience: see init_distributed. -> a Machine. Raises RunError.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    # Filling takes time, and no script reads memory that was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    keep_freed_memory()
+    group = init_distributed(device, patience)
+    return Machine(device, dtype, pick_autocast(dtype, device), group, StopSignal(group))
+
+
+def why_not_compiled(error):
+    """A line for a user whose machine lacks what torch.compile needs: a compiler, or a folder to
+    write to. None where `error` is something else."""
+    if isinstance(error, OSError):
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # torch's own name
+        failed = cache in str(error.filename)
+    else:
+        failed = "BackendCompilerFailed" in [kind.__name__ for kind in type(error).__mro__]
+    if not failed:
+        return None
+    reason = str(error).splitlines()[0]
+    return (
+        f"torch.compile does not work here ({reason}). It needs a C++ compiler (CXX names one) and "
+        "a folder where it can write and lock files (TORCHINDUCTOR_CACHE_DIR names one); or do "
+        "without: --compile=False"
+    )
+
+
+def run_script(main, expected=(RunError, ValueError)):
+    """Call main(), and end the process where it fails.
+
+    expected: errors that a user can put right. They are told in a line, as is a machine that cannot
+    compile, by one process of each machine. Anything else is raised, with its traceback.
+    """
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except KeyboardInterrupt:
+        said = 130  # what a shell takes for Ctrl-C
+    except expected as error:
+        said = f"{type(error).__name__}: {error}"
+    except Exception as error:
+        said = why_not_compiled(error)
+        if not said:
+            raise
+    sys.exit(said if ranks()[1] == 0 else 1)
 
 
 # ---- where a result comes from -------------------------------------------------------------------

@@ -24,10 +24,10 @@ import time
 import torch
 
 import compiler
-from configurator import configure
+from configurator import at_least, configure
 from corpus import read_whole
 from generate import Decoder, cast_weights, generate
-from runtime import RunError, pick_device
+from runtime import pick_device, run_script
 from tokenizer import END_OF_TEXT, clean
 from trained import activation_dtype, open_trained
 
@@ -61,12 +61,8 @@ config = configure(globals())
 
 def check_knobs():
     """Raises ValueError for what no sampling can have."""
-    for name in ("num_samples", "max_new_tokens", "batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, not {config[name]}")
-    for name in ("temperature", "top_k"):
-        if config[name] < 0:
-            raise ValueError(f"{name} must not be negative, as {config[name]} is")
+    at_least(config, 1, "num_samples", "max_new_tokens", "batch_size")
+    at_least(config, 0, "temperature", "top_k")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if prompts and start:
@@ -283,13 +279,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except (OSError, RuntimeError) as error:
-        if not (reason := compiler.why_not_compiled(error)):
-            raise
-        sys.exit(reason)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

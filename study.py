@@ -51,7 +51,7 @@ from grid import (
     result_of,
 )
 from mixers import MIXERS
-from runtime import RunError
+from runtime import RunError, run_script
 
 # ---- results ------------------------------------------------------------------------------------
 
@@ -413,7 +413,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, DataError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main, expected=(RunError, DataError, OSError))

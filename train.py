@@ -19,7 +19,6 @@ Which tokens a step sees depends on (seed, step) alone; dropout also on rank, nu
 and batch_size. With these unchanged, a killed and resumed run ends with the same bits.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -27,7 +26,6 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read when CUDA starts
 import torch
@@ -39,11 +37,12 @@ import checkpoint
 import compiler
 import runtime
 import warm_start
-from configurator import configure, resolve
-from data import DataError, TokenBlocks, verify, write_atomic
-from mixers import OPTIONS, composite_gain, options_of
+from batches import evaluate, micro_batches, open_splits, sequences_per_step, to_device
+from configurator import at_least, configure, resolve
+from data import verify, write_atomic
+from mixers import OPTIONS, options_of
 from model import GPT, GPTConfig
-from progress import Clock, Tally, log_line, metrics_line
+from progress import Clock, Progress, Tally, log_line, metrics_line
 from runtime import RunError, on_all_ranks, on_rank_0, print0
 from tokenizer import tokenizer_name
 from trackers import check_packages, open_trackers
@@ -121,16 +120,9 @@ if shape := warm_start.knobs(init_from, out_dir):
 
 def check_knobs():
     """Raises ValueError for what no run can have."""
-    at_least_1 = (
-        *("batch_size", "block_size", "total_batch_tokens", "max_bad_steps"),
-        *("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints"),
-    )
-    for name in at_least_1:
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, not {config[name]}")
-    for name in ("grad_clip", "weight_decay", "connection_lr", "max_iters", "warmup_iters"):
-        if config[name] < 0:
-            raise ValueError(f"{name} must not be negative, as {config[name]} is; 0 is none")
+    at_least(config, 1, "batch_size", "block_size", "total_batch_tokens", "max_bad_steps")
+    at_least(config, 1, "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints")
+    at_least(config, 0, "grad_clip", "weight_decay", "connection_lr", "max_iters", "warmup_iters")
     if not 0 < hang_minutes < 1e6:
         raise ValueError(f"hang_minutes must be above 0 and below a million, not {hang_minutes}")
     warm_start.check_source(init_from, out_dir)
@@ -143,64 +135,16 @@ def check_knobs():
         )
 
 
-def pick_activations(device):
-    """The dtype of activations. ValueError where the streams' own does not go with it."""
-    chosen = runtime.pick_dtype(dtype, device)
-    if stream_dtype == "bfloat16" and chosen != torch.bfloat16:
-        raise ValueError(
-            "streams in bfloat16 need branches in bfloat16, and dtype is "
-            f"{str(chosen).removeprefix('torch.')}: --dtype=bfloat16, or --stream_dtype=auto"
-        )
-    return chosen
-
-
-def sequences_per_step(world_size):
-    """total_batch_tokens in sequences.
-
-    Raises ValueError if they do not split evenly over processes and micro-steps.
-    """
-    smallest = batch_size * world_size * block_size
-    if total_batch_tokens % smallest == 0:
-        return total_batch_tokens // block_size
-    nearest = max(1, round(total_batch_tokens / smallest)) * smallest
-    fitting = [
-        size
-        for size in range(1, batch_size)
-        if total_batch_tokens % (size * world_size * block_size) == 0
-    ]
-    raise ValueError(
-        f"total_batch_tokens = {total_batch_tokens:,} is no multiple of batch_size {batch_size} * "
-        f"block_size {block_size} * {world_size} processes = {smallest:,}; nearest: {nearest}"
-        + (f"; or keep it, with --batch_size={fitting[-1]}" if fitting else "")
-    )
-
-
-def open_data(device):
-    """-> the training and the validation split. Raises DataError."""
-    folder, pin_memory = os.path.join(data_dir, dataset), device.type == "cuda"
-    train_blocks = TokenBlocks(folder, "train", block_size, seed, pin_memory)
-    val_blocks = TokenBlocks(folder, "val", block_size, seed, pin_memory)
-    batches, sequences = evaluation_batches(val_blocks)
-    if sequences * block_size > eval_tokens:
-        raise DataError(
-            f"eval_tokens = {eval_tokens:,} is less than a batch: choose --eval_tokens of at least "
-            f"{sequences * block_size:,}"
-        )
-    wanted = eval_tokens // (batch_size * block_size) * batch_size
-    if batches * sequences < wanted:
-        print0(
-            f"evaluations read {batches * sequences * block_size:,} tokens, all whole batches of "
-            f"the validation split, which has fewer than eval_tokens = {eval_tokens:,}"
-        )
-    return train_blocks, val_blocks
-
-
-def evaluation_batches(blocks):
-    """-> number of batches that an evaluation reads, and of sequences in each: eval_tokens, or all
-    whole batches of a split that has fewer; a split of less than a batch is one, smaller batch."""
-    sequences = min(batch_size, blocks.n_blocks)
-    wanted = eval_tokens // (sequences * block_size)
-    return min(wanted, blocks.n_blocks // sequences), sequences
+def open_folder(group):
+    """-> a lock on out_dir, to keep until the process ends; and the path of the checkpoint that the
+    run goes on from, or None. Raises RunError."""
+    lock = None
+    if init_from == "resume":  # refused before there is a folder
+        on_rank_0(group, checkpoint.check_resumable, out_dir)
+    if not eval_only:
+        lock = on_rank_0(group, checkpoint.lock, out_dir)
+    start = on_rank_0(group, checkpoint.starting_point, out_dir, init_from)
+    return lock, runtime.from_rank_0(group, start)
 
 
 def build_model(vocab_size):
@@ -211,26 +155,14 @@ def build_model(vocab_size):
     return GPT(GPTConfig(vocab_size=padded, options=options_of(mixer, config), **sizes))
 
 
-def resume(state, path, model, optimizer, progress, meta):
-    """Put the checkpoint `state` of `path` into model, optimizer and progress. Raises RunError."""
-    changed = checkpoint.check_same_run(path, state, config, model.config, meta)
-    checkpoint.restore(path, state, model, optimizer)
-    vars(progress).update({name: state[name] for name in vars(progress)})
-    print0(f"resumed from {path} at step {progress.step}")
-    if changed:
-        print0("changed since the checkpoint: " + ", ".join(changed))
-    if state["config"]["eval_tokens"] != eval_tokens:
-        progress.evaluated = None  # the old evaluation read other tokens
-
-
-def compile_model(model, val_blocks, activations, autocast, device):
+def compile_model(model, val_blocks, machine):
     """Compile the model in place. Raises RunError where a torch that the tests do not know does
     it wrongly."""
     # Else Dynamo splits graphs at DDP's buckets; communication overlaps from block to block.
     torch._dynamo.config.optimize_ddp = False
-    sample = to_device(val_blocks.in_order(0, 1), device)
-    trial = (compiler.loss_and_gradients, model, sample, autocast)
-    with compiler.on_trial(activations, *trial):
+    sample = to_device(val_blocks.in_order(0, 1), machine.device)
+    trial = (compiler.loss_and_gradients, model, sample, machine.autocast)
+    with compiler.on_trial(machine.dtype, *trial):
         model.compile_regions(activation_memory_budget=activation_memory_budget)
 
 
@@ -242,46 +174,48 @@ def open_metrics(step, provenance):
     return checkpoint.Metrics(out_dir, step, trackers)
 
 
+def about_run(model, meta, provenance):
+    """What all checkpoints of the run have in common."""
+    return {
+        "config": config,
+        "model_config": asdict(model.config),
+        "command": sys.argv,
+        "provenance": provenance,
+        "tokenizer": meta["tokenizer"],
+        "n_vocab": meta["vocab_size"],
+        "shards": checkpoint.fingerprint(meta),
+    }
+
+
 # ---- what the loop calls -------------------------------------------------------------------------
 
 
-def to_device(batch, device):
-    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+class Run:
+    """What the loop works with."""
 
-
-def micro_batches(blocks, step, sequences, device):
-    """This rank's (idx, targets) on the device, micro-step by micro-step from `step` on, for ever.
-
-    Micro-step m gives rank r the sequences from (m * world_size + r) * batch_size on.
-    """
-    rank, _, world_size = runtime.ranks()
-    while True:
-        for first in range(0, sequences, batch_size * world_size):
-            start = first + rank * batch_size
-            yield to_device(blocks.batch(step, sequences, start, batch_size), device)
-        step += 1
-
-
-@torch.no_grad()
-def evaluate(model, blocks, autocast, device):
-    """-> mean loss over the first eval_tokens of the validation split, and the composite gain of
-    the token-averaged M of one sequence."""
-    rank, _, world_size = runtime.ranks()
-    batches, sequences = evaluation_batches(blocks)
-    total = torch.zeros((), device=device)
-    if device.type != "mps":  # which has no float64
-        total = total.double()
-    model.eval()
-    with autocast:
-        for batch in range(rank, batches, world_size):
-            idx, targets = to_device(blocks.in_order(batch * sequences, sequences), device)
-            total += model(idx, targets)[1]
-        idx, _ = to_device(blocks.in_order(0, 1), device)
-        gain = composite_gain(model.mixing_matrices(idx))
-    model.train()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.item() / batches, gain
+    def __init__(self, machine, model, optimizer, progress, about, metrics):
+        """about: what all checkpoints of the run have in common. metrics: those of rank 0."""
+        self.machine, self.model, self.optimizer = machine, model, optimizer
+        self.progress, self.about, self.metrics = progress, about, metrics
+        self.replica = model
+        if machine.group:
+            gpu = [machine.device.index] if machine.device.type == "cuda" else None
+            # Buffers are constants: there is nothing to broadcast at every step.
+            self.replica = DistributedDataParallel(
+                model, device_ids=gpu, forward_sync_buffers=False
+            )
+        # In float16 small gradients are 0 unless the loss is scaled up. Else the scaler does
+        # nothing.
+        half = machine.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
+        if progress.scaler:
+            self.scaler.load_state_dict(progress.scaler)
+        self.tally = Tally(progress.tally, machine.device)
+        self.clock = Clock(progress.step)  # of the steps since the last log line
+        self.whole_run = Clock(progress.step)  # of the steps after the first, which compiles
+        peak = (peak_flops or runtime.peak_flops(machine.device)) * runtime.ranks()[2]
+        flops_per_step = model.flops_per_token() * total_batch_tokens
+        self.ideal_ms = flops_per_step / peak * 1e3 if peak else 0.0
 
 
 def learning_rate_at(step):
@@ -295,41 +229,148 @@ def learning_rate_at(step):
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
 
 
-def save(progress, tally, scaler, model, optimizer, about, best=False):
-    """Write a checkpoint; `about` is what all checkpoints of the run have in common."""
-    progress.tally, progress.scaler = tally.read(), scaler.state_dict()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= vars(progress) | about
+def save(run, best=False):
+    """Write a checkpoint."""
+    progress = run.progress
+    progress.tally, progress.scaler = run.tally.read(), run.scaler.state_dict()
+    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    state |= vars(progress) | run.about
     checkpoint.save(out_dir, state, keep=keep_checkpoints, best=best)
+
+
+def evaluate_and_log(run, blocks):
+    """-> whether the loss is the lowest so far."""
+    progress = run.progress
+    val, gain = evaluate(run.model, blocks, eval_tokens, batch_size, run.machine)
+    print0(f"step {progress.step}/{max_iters} | val {val:.4f} | composite gain {gain:.3f}")
+    if run.metrics:
+        run.metrics.write(step=progress.step, val=val, gain=gain)
+    improved = val < progress.best_val
+    progress.best_val = min(val, progress.best_val)
+    progress.evaluated = progress.step
+    return improved
+
+
+def forward_backward(run, batch, batches, micro_steps):
+    """Add up the gradients of a step's micro-batches, of which `batch` is the first.
+
+    -> the mean loss over all ranks, and the first micro-batch of the next step.
+    """
+    rank, _, world_size = runtime.ranks()
+    torch.manual_seed(seed + 1_000_003 * run.progress.step + rank)  # dropout: by step and rank
+    loss = torch.zeros((), device=run.machine.device)
+    for micro_step in range(micro_steps):
+        run.replica.require_backward_grad_sync = micro_step == micro_steps - 1  # of DDP
+        with run.machine.autocast:
+            micro_loss = run.replica(*batch)[1] / micro_steps
+        began = time.time()
+        batch = next(batches)  # while the device is busy with what was queued
+        run.clock.waited += time.time() - began
+        run.scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    if run.machine.group:
+        dist.all_reduce(loss)
+        loss /= world_size
+    return loss, batch
+
+
+def update(run, loss, lr):
+    """Clip the gradients and step; where loss or gradients are not finite, skip the step.
+
+    -> the norm of the gradients.
+    """
+    optimizer, limit = run.optimizer, grad_clip or math.inf
+    for settings in optimizer.param_groups:
+        settings["lr"] = lr * settings["lr_factor"]
+    run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    bad = ~(loss.isfinite() & norm.isfinite())
+    # Where this is 1, a fused optimizer skips the whole update; so GradScaler tells it to.
+    optimizer.found_inf = bad.float()
+    optimizer.step()
+    run.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    run.tally.add(bad, norm, limit)
+    return norm
+
+
+def log_step(run, loss, norm, lr):
+    """A line of the log. Raises RunError after max_bad_steps bad steps in a row."""
+    step, tally = run.progress.step, run.tally
+    line = metrics_line(step, run.progress.logged_step, tally, run.clock, loss, norm, lr)
+    left = 0.0
+    if step > run.whole_run.step:
+        left = run.whole_run.seconds_per_step(step) * (max_iters - step)
+    print0(log_line(line, max_iters, total_batch_tokens, run.ideal_ms, left))
+    if run.metrics:
+        run.metrics.write(**line)
+    if tally.worst >= max_bad_steps:
+        raise RunError(
+            f"{tally.worst:.0f} steps in a row had a loss or gradient that is not finite; "
+            "their updates were skipped. The last good checkpoint is "
+            f"{checkpoint.latest(out_dir)}. Lower --learning_rate, or look at metrics.jsonl"
+        )
+    tally.reset()
+    run.progress.logged_step = step
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 
+def train(run, batches, micro_steps, val_blocks, resumed):
+    """Steps until max_iters or a stop signal. -> whether all of them are done."""
+    progress, clock, group = run.progress, run.clock, run.machine.group
+    first_step = progress.step
+    batch = next(batches)
+    while True:
+        # Evaluate, save
+        at_end = progress.step >= max_iters
+        improved = missed_evaluation = False
+        if (at_end or progress.step % eval_interval == 0) and progress.evaluated != progress.step:
+            improved = evaluate_and_log(run, val_blocks)
+            # A run stopped just before an evaluation evaluates first after resuming, and saves a
+            # checkpoint that knows of it.
+            missed_evaluation = resumed and progress.step == first_step
+        due = improved or at_end or progress.step % checkpoint_interval == 0
+        if missed_evaluation or (due and progress.step > first_step):
+            on_rank_0(group, save, run, improved)
+        if at_end:
+            return True
+        if progress.evaluated == progress.step or due:
+            clock.restart(progress.step)  # log lines time steps alone
+
+        # Step
+        lr = learning_rate_at(progress.step)
+        loss, batch = forward_backward(run, batch, batches, micro_steps)
+        norm = update(run, loss, lr)
+        progress.step += 1
+
+        # Log, stop
+        if progress.step == first_step + 1:
+            loss.item()  # waits for the device
+            seconds = clock.seconds_per_step(progress.step)
+            print0(f"the first step, compiling included, took {seconds:.1f} s")
+            run.whole_run.restart(progress.step)
+        if progress.step % log_interval == 0 or progress.step == 1:
+            log_step(run, loss, norm, lr)
+        if progress.step % log_interval == 0 or progress.step == first_step + 1:
+            clock.restart(progress.step)
+        if run.machine.stop.agreed():
+            on_rank_0(group, save, run)
+            print0(f"stopped at step {progress.step} by a signal; go on with --init_from=resume")
+            return False
+
+
 def main():
-    # The machine
-    rank, local_rank, world_size = runtime.ranks()
+    # The machine and the run's folder
     check_knobs()
     compiler.prepare(compile)
+    rank, local_rank, world_size = runtime.ranks()
     device = runtime.pick_device(config["device"], local_rank)
-    activations = pick_activations(device)
-    autocast = contextlib.nullcontext()
-    if activations != torch.float32:
-        autocast = torch.autocast(device.type, activations)
-    torch.use_deterministic_algorithms(deterministic)
-    # Filling takes time, and nothing here reads memory that was not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    runtime.keep_freed_memory()
-    group = runtime.init_distributed(device, patience=60 * hang_minutes)
-    stop = runtime.StopSignal(group)
-
-    # The run's folder
-    if init_from == "resume":  # refused before there is a folder
-        on_rank_0(group, checkpoint.check_resumable, out_dir)
-    if not eval_only:
-        _lock = on_rank_0(group, checkpoint.lock, out_dir)  # held until the process ends
-    start = on_rank_0(group, checkpoint.starting_point, out_dir, init_from)
-    start = runtime.from_rank_0(group, start)
+    activations = runtime.pick_dtype(dtype, device, stream_dtype)
+    machine = runtime.set_up(device, activations, deterministic, 60 * hang_minutes)
+    group = machine.group
+    _lock, start = open_folder(group)
     provenance = runtime.provenance()
     print0("command: " + provenance["command"])
     if arguments != sys.argv[1:]:
@@ -337,9 +378,12 @@ def main():
     print0("config: " + json.dumps(config))
 
     # The data
-    sequences = sequences_per_step(world_size)
+    sequences = sequences_per_step(total_batch_tokens, batch_size, block_size, world_size)
     micro_steps = sequences // (batch_size * world_size)
-    train_blocks, val_blocks = on_all_ranks(group, open_data, device)
+    folder, pin_memory = os.path.join(data_dir, dataset), device.type == "cuda"
+    train_blocks, val_blocks = on_all_ranks(
+        group, open_splits, folder, block_size, batch_size, eval_tokens, seed, pin_memory
+    )
     meta = train_blocks.meta
     print0(
         f"data: {train_blocks.directory}, {tokenizer_name(meta['tokenizer'])} tokens, "
@@ -349,21 +393,11 @@ def main():
     )
 
     # The model and the optimizer
-    model = build_model(meta["vocab_size"]).to(device)
+    model, progress = build_model(meta["vocab_size"]).to(device), Progress()
     groups = model.parameter_groups(weight_decay, connection_lr, decay_phi)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
-    progress = SimpleNamespace(  # what a checkpoint carries beside weights and moments
-        step=0,
-        best_val=math.inf,
-        evaluated=None,  # the step of the last evaluation
-        logged_step=0,  # the step of the last log line
-        tally=[0.0] * 5,  # what a Tally has counted since then
-        scaler={},  # the loss scale of float16
-    )
     if start:
-        state = on_all_ranks(group, checkpoint.load, start)
-        resume(state, start, model, optimizer, progress, meta)
-        del state  # a second copy of weights and moments
+        on_all_ranks(group, checkpoint.resume, start, config, model, optimizer, progress, meta)
     elif source := warm_start.weights_of(init_from, out_dir):
         for line in on_all_ranks(group, warm_start.start_from, source, model, meta):
             print0(line)
@@ -374,146 +408,28 @@ def main():
         f"{world_size} process{'es' * (world_size > 1)}"
     )
     if compile:
-        on_all_ranks(group, compile_model, model, val_blocks, activations, autocast, device)
-    replica = model
-    if group:
-        gpu = [device.index] if device.type == "cuda" else None
-        # Buffers are constants: there is nothing to broadcast at every step.
-        replica = DistributedDataParallel(model, device_ids=gpu, forward_sync_buffers=False)
+        on_all_ranks(group, compile_model, model, val_blocks, machine)
 
-    # The files. Reading a large data set takes minutes, so all other refusals come before it.
+    # Reading a large data set takes minutes, so all other refusals come before it.
     on_all_ranks(group, verify, train_blocks.directory, rank, world_size)
     if eval_only:
-        val, gain = evaluate(model, val_blocks, autocast, device)
+        val, gain = evaluate(model, val_blocks, eval_tokens, batch_size, machine)
         print0(f"step {progress.step} | val {val:.4f} | composite gain {gain:.3f}")
         return
     metrics = on_rank_0(group, open_metrics, progress.step if start else None, provenance)
-    about = {
-        "config": config,
-        "model_config": asdict(model.config),
-        "command": sys.argv,
-        "provenance": provenance,
-        "tokenizer": meta["tokenizer"],
-        "n_vocab": meta["vocab_size"],
-        "shards": checkpoint.fingerprint(meta),
-    }
-
-    # The loop
-    # In float16 small gradients are 0 unless the loss is scaled up. Else the scaler does nothing.
-    scaler = torch.amp.GradScaler(device.type, enabled=activations == torch.float16)
-    if progress.scaler:
-        scaler.load_state_dict(progress.scaler)
-    first_step = progress.step
-    tally = Tally(progress.tally, device)
-    clock, whole_run = Clock(first_step), Clock(first_step)
-    flops_per_step = model.flops_per_token() * total_batch_tokens
-    peak = (peak_flops or runtime.peak_flops(device)) * world_size
-    ideal_ms = flops_per_step / peak * 1e3 if peak else 0.0
-    batches = micro_batches(train_blocks, first_step, sequences, device)
-    batch = next(batches)
-    if compile and first_step < max_iters:
+    about = about_run(model, meta, provenance)
+    run = Run(machine, model, optimizer, progress, about, metrics)
+    batches = micro_batches(train_blocks, progress.step, sequences, batch_size, device)
+    if compile and progress.step < max_iters:
         print0("compiling: the first evaluation and the first step take a while")
-
-    while True:
-        # Evaluate, save
-        at_end = progress.step >= max_iters
-        improved = missed_evaluation = False
-        if (at_end or progress.step % eval_interval == 0) and progress.evaluated != progress.step:
-            val, gain = evaluate(model, val_blocks, autocast, device)
-            print0(f"step {progress.step}/{max_iters} | val {val:.4f} | composite gain {gain:.3f}")
-            if rank == 0:
-                metrics.write(step=progress.step, val=val, gain=gain)
-            # A run stopped just before an evaluation evaluates first after resuming, and saves a
-            # checkpoint that knows of it.
-            missed_evaluation = start is not None and progress.step == first_step
-            improved = val < progress.best_val
-            progress.best_val = min(val, progress.best_val)
-            progress.evaluated = progress.step
-        due = improved or at_end or progress.step % checkpoint_interval == 0
-        if missed_evaluation or (due and progress.step > first_step):
-            on_rank_0(group, save, progress, tally, scaler, model, optimizer, about, improved)
-        if at_end:
-            break
-        if progress.evaluated == progress.step or due:
-            clock.restart(progress.step)  # log lines time steps alone
-
-        # Forward, backward
-        torch.manual_seed(seed + 1_000_003 * progress.step + rank)  # dropout: by step and rank
-        loss = torch.zeros((), device=device)
-        for micro_step in range(micro_steps):
-            replica.require_backward_grad_sync = micro_step == micro_steps - 1  # of DDP
-            with autocast:
-                micro_loss = replica(*batch)[1] / micro_steps
-            began = time.time()
-            batch = next(batches)  # while the device is busy with what was queued
-            clock.waited += time.time() - began
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        if group:
-            dist.all_reduce(loss)
-            loss /= world_size
-
-        # Clip, update
-        lr = learning_rate_at(progress.step)
-        for settings in optimizer.param_groups:
-            settings["lr"] = lr * settings["lr_factor"]
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        bad = ~(loss.isfinite() & norm.isfinite())
-        # Where this is 1, a fused optimizer skips the whole update; so GradScaler tells it to.
-        optimizer.found_inf = bad.float()
-        optimizer.step()
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        tally.add(bad, norm, grad_clip or math.inf)
-        progress.step += 1
-
-        # Log, stop
-        if progress.step == first_step + 1:
-            loss.item()  # waits for the device
-            seconds = clock.seconds_per_step(progress.step)
-            print0(f"the first step, compiling included, took {seconds:.1f} s")
-            whole_run.restart(progress.step)
-        if progress.step % log_interval == 0 or progress.step == 1:
-            line = metrics_line(progress.step, progress.logged_step, tally, clock, loss, norm, lr)
-            left = 0.0
-            if progress.step > whole_run.step:
-                left = whole_run.seconds_per_step(progress.step) * (max_iters - progress.step)
-            print0(log_line(line, max_iters, total_batch_tokens, ideal_ms, left))
-            if rank == 0:
-                metrics.write(**line)
-            if tally.worst >= max_bad_steps:
-                raise RunError(
-                    f"{tally.worst:.0f} steps in a row had a loss or gradient that is not finite; "
-                    "their updates were skipped. The last good checkpoint is "
-                    f"{checkpoint.latest(out_dir)}. Lower --learning_rate, or look at metrics.jsonl"
-                )
-            tally.reset()
-            progress.logged_step = progress.step
-        if progress.step % log_interval == 0 or progress.step == first_step + 1:
-            clock.restart(progress.step)
-        if stop.agreed():
-            on_rank_0(group, save, progress, tally, scaler, model, optimizer, about)
-            print0(f"stopped at step {progress.step} by a signal; go on with --init_from=resume")
-            return
-
-    memory = runtime.peak_memory(device)
-    print0(
-        f"finished: {progress.step} steps, best validation loss {progress.best_val:.4f}"
-        + (f", peak memory {memory / 2**30:.2f} GiB" if memory else "")
-        + f"; sample with: python sample.py --out_dir={out_dir}"
-    )
+    if train(run, batches, micro_steps, val_blocks, resumed=bool(start)):
+        memory = runtime.peak_memory(device)
+        print0(
+            f"finished: {progress.step} steps, best validation loss {progress.best_val:.4f}"
+            + (f", peak memory {memory / 2**30:.2f} GiB" if memory else "")
+            + f"; sample with: python sample.py --out_dir={out_dir}"
+        )
 
 
 if __name__ == "__main__":
-    try:
-        record(main)()  # torchrun shows what is raised as the root cause
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (RunError, ValueError) as error:  # what a user can put right; DataError is a ValueError
-        said = f"{type(error).__name__}: {error}"
-        sys.exit(said if runtime.ranks()[1] == 0 else 1)  # once a machine
-    except Exception as error:
-        if not (reason := compiler.why_not_compiled(error)):
-            raise
-        sys.exit(reason if runtime.ranks()[1] == 0 else 1)
+    runtime.run_script(record(main))  # with torchrun, which shows what is raised as the root cause

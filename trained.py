@@ -91,10 +91,4 @@ def activation_dtype(name, model, device):
     streams = model.config.stream_dtype
     if streams == "bfloat16" and name == "auto":
         return torch.bfloat16
-    dtype = runtime.pick_dtype(name, device)
-    if streams == "bfloat16" and dtype != torch.bfloat16:
-        raise ValueError(
-            f"the model's streams are in bfloat16, and dtype is {name}: leave it at auto, or say "
-            "--dtype=bfloat16"
-        )
-    return dtype
+    return runtime.pick_dtype(name, device, streams)

@@ -17,12 +17,12 @@ the time.
 """
 
 import statistics
-import sys
 import time
 
 import torch
 from torch.nn import functional as F
 
+import runtime
 from configurator import configure
 from dev.table import print_table
 from generate import Decoder, cast_weights, sample_token
@@ -132,7 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # what the user can put right
-        sys.exit(f"{type(error).__name__}: {error}")
+    runtime.run_script(main)

@@ -10,7 +10,6 @@ time. FOLDER/generate.json has all figures.
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -122,7 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:  # what the user can put right
-        sys.exit(f"{type(error).__name__}: {error}")
+    runtime.run_script(main)

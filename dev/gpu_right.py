@@ -349,11 +349,9 @@ def main():
         result |= zip(("mixer", "dynamic", "n", "dtype"), result.get("case", []))
     print_table(results, COLUMNS)
     print(f"{len(results) - len(wrong)} right, {len(wrong)} wrong, {left} left; see {path}")
-    return 1 if wrong else 0
+    if wrong:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    runtime.run_script(main, expected=(RuntimeError, ValueError))

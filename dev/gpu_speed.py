@@ -154,7 +154,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    runtime.run_script(main)

@@ -276,7 +276,7 @@ def test_gpt2s_own_weights(gpt2_cache, tmp_path):
         ("--data=DIR/one.jsonl --results=DIR/one.jsonl", "one.jsonl is there already"),
         ("--data=DIR/one.jsonl --results=DIR/no/x.json", "there is no folder"),
         ("--data=DIR/one.jsonl --init_from=gpt2", "--init_from names other weights"),
-        ("--data=DIR/one.jsonl --examples=-1", "examples must not be negative, as -1 is"),
+        ("--data=DIR/one.jsonl --examples=-1", "examples must be at least 0, not -1"),
     ],
 )
 def test_refuses(arguments, says, tiny_data, tmp_path):

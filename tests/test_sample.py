@@ -153,7 +153,7 @@ def test_a_model_with_bfloat16_streams(tmp_path):
         ("--out_dir=nowhere", "nowhere has no checkpoint"),
         ("--checkpoint=no.pt", "no.pt: no such checkpoint"),
         ("--checkpoint=DIR/notes.txt", "not a whole checkpoint"),
-        ("--temperature=-1", "temperature must not be negative, as -1.0 is"),
+        ("--temperature=-1", "temperature must be at least 0, not -1.0"),
         ("--top_p=0", "top_p must be above 0 and at most 1, not 0.0"),
         ("--num_samples=0", "num_samples must be at least 1, not 0"),
         ("--start=FILE:DIR/none.txt", "none.txt: could not be read (No such file"),

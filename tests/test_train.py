@@ -177,7 +177,7 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
         ),
         (["--log_interval=0"], "log_interval must be at least 1, not 0"),
         (["--block_size=0"], "block_size must be at least 1, not 0"),
-        (["--grad_clip=-1"], "grad_clip must not be negative, as -1.0 is"),
+        (["--grad_clip=-1"], "grad_clip must be at least 0, not -1.0"),
         (["--activation_memory_budget=2"], "must lie between 0 and 1, not 2.0"),
         (
             ["--stream_dtype=bfloat16", "--dtype=float32"],
