@@ -4,8 +4,8 @@ question = "Is the free M's lead over the exact one a matter of the rate at whic
 decision = """\
 Each arm counts at its own best rate, and a best rate at the edge of the grid decides nothing. The
 lead stands if the 95 % interval of hc minus tbp leaves out 0 there. tbp_fast, whose connections
-learn at four times the rate, says whether a bounded M is only slow: it explains the part of the lead
-that it closes, if its interval against tbp leaves out 0."""
+learn at four times the rate, says whether a bounded M is only slow: it explains the part of the
+lead that it closes, if its interval against tbp leaves out 0."""
 
 files = ["config/laptop.py"]
 knobs = {
