@@ -452,6 +452,14 @@ def test_the_names_know_the_sizes_of_openais_models():
         assert round(total / 1e6) in range(millions - 3, millions + 1), name
 
 
+@pytest.mark.quick
+def test_heads_that_no_file_tells_are_said_to_be_guessed(tmp_path):
+    torch.save(gpt2_weights(vocabulary=257), tmp_path / "alone.bin")
+    meta = {"tokenizer": "bytes", "vocab_size": 257}
+    lines = start_from(str(tmp_path / "alone.bin"), build(vocab_size=257), meta)
+    assert f"no file says how many heads these have: {HEADS} are taken" in lines
+
+
 # ---- train.py ------------------------------------------------------------------------------------
 
 
