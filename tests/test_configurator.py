@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import configure
+from configurator import at_least, configure
 
 pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ SCRIPT = '''"""Train a toy.
 It needs nothing.
 """
 import os
-from configurator import configure
+from configurator import at_least, configure
 
 # ----- input and output -----
 out_dir = "out"  # checkpoints go here
@@ -411,6 +411,16 @@ Options of the mixers
   --rounds=20             normalisations
   --sharpness=1.5         of the softmax
 """)
+
+
+def test_a_knob_below_its_limit_is_refused():
+    config = {"steps": 1, "rounds": 0, "rate": -0.5}
+    at_least(config, 1, "steps")
+    at_least(config, 0, "steps", "rounds")
+    with pytest.raises(ValueError, match="rounds must be at least 1, not 0"):
+        at_least(config, 1, "steps", "rounds")
+    with pytest.raises(ValueError, match="rate must be at least 0, not -0.5"):
+        at_least(config, 0, "rate")
 
 
 def test_as_a_script(tmp_path):

@@ -36,6 +36,13 @@ def test_dtypes():
     assert runtime.pick_dtype("bfloat16", CPU) == torch.bfloat16
     with pytest.raises(ValueError, match="not 'float8'"):
         runtime.pick_dtype("float8", CPU)
+    assert runtime.pick_dtype("bfloat16", CPU, "bfloat16") == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype is float32: say --dtype=bfloat16"):
+        runtime.pick_dtype("auto", CPU, "bfloat16")
+    x = torch.ones(2, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with runtime.pick_autocast(dtype, CPU):
+            assert (x @ x).dtype == dtype
 
 
 @pytest.mark.quick
@@ -129,6 +136,34 @@ def test_provenance_names_the_commit_that_holds_the_file(tmp_path, monkeypatch):
     with open(repository / "runtime.py", "a") as file:
         file.write("# changed\n")
     assert provenance_of(repository)["clean"] is False
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "error, ends_with",
+    [
+        (ValueError("seed must be 1"), "ValueError: seed must be 1"),
+        (runtime.RunError("the disk is full"), "RunError: the disk is full"),
+        (KeyboardInterrupt(), 130),
+        (OSError(13, "denied", "/x/torchinductor_me/a"), "torch.compile does not work here"),
+    ],
+)
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_how_a_script_ends(error, ends_with, local_rank, monkeypatch):
+    """One process of a machine says why, and none that is not to blame hides where it broke."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        runtime.run_script(main)
+    assert str(end.value.code).startswith(str(ends_with) if local_rank == 0 else "1")
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError):
+            runtime.run_script(main, expected=(KeyError,))
+    runtime.run_script(lambda: None)
 
 
 def test_print0_and_on_rank_0_without_torchrun(capsys):
