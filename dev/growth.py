@@ -15,16 +15,16 @@ import sys
 from pathlib import Path
 
 from dev.table import shown
-from plots import DASHES, colour, name_ends, new_figure, save, set_log_scale
+from plots import DASHES, TITLE, colour, name_ends, new_figure, save, set_log_scale
 from runtime import RunError
 
-FIELDS = {
-    "connection_params": "parameters of one connection",
-    "compile_cpu_s": "compile, processor seconds",
-    "ratio_to_residual": "throughput, of residual's",
-    "peak_memory_ratio": "peak memory, of residual's",
+FIELDS = {  # field: its panel's title, and what its values are divided by
+    "connection_params": ("Parameters of one connection, millions", 1e6),
+    "ratio_to_residual": ("Throughput of a step, of residual's", 1),
+    "peak_memory_ratio": ("Peak memory of a step, of residual's", 1),
+    "compile_cpu_s": ("Compiling, processor seconds", 1),
 }
-HEAD = ("mixer", "coefficients see", "n", *FIELDS, "flops_bound", "share_of_bound")
+HEAD = ("mixer", "sees", "compiled", "n", *FIELDS, "flops_bound", "share_of_bound")
 HEIGHT = 2.6  # inches of a panel
 
 
@@ -48,11 +48,12 @@ def read_rows(folder):
         report = json.loads(path.read_text())
         for row in report["rows"]:
             if row["n_streams"] > 1:
-                sees = {"coefficients see": report["config"]["sees"], "n": row["n_streams"]}
-                rows.append({key: (row | sees).get(key) for key in HEAD})
+                knobs = report["config"]
+                row |= {"sees": knobs["sees"], "compiled": knobs["compile"], "n": row["n_streams"]}
+                rows.append({key: row.get(key) for key in HEAD})
     if not rows:
         raise RunError(f"{folder} has no report of bench.py with several streams; see {__file__}")
-    return sorted(rows, key=lambda row: (row["mixer"], row["coefficients see"], row["n"]))
+    return sorted(rows, key=lambda row: [row[key] for key in HEAD[:4]])
 
 
 def write_tables(folder, rows):
@@ -66,32 +67,39 @@ def write_tables(folder, rows):
 
 
 def growth_figure(rows):
-    """A panel for each of FIELDS against n; lines are mixers, dashed where coefficients see u."""
-    figure = new_figure(2 * HEIGHT + 1)
-    panels = figure.subplots(2, 2)
-    for axes, (field, title) in zip(panels.flat, FIELDS.items()):
-        measured = [row for row in rows if row[field] is not None]
-        axes.set_title(title)
+    """A panel against n for each of FIELDS that was measured, with a line for each mixer, form and
+    way to run."""
+    fields = [field for field in FIELDS if any(row[field] is not None for row in rows)]
+    lines = -(-len(fields) // 2)
+    figure = new_figure(lines * (HEIGHT + 0.5) + 0.3)
+    how = {True: "compiled", False: "eager"}
+    ways = sorted({how[row["compiled"]] for row in rows})
+    figure.suptitle(f"Growth with the number of streams, {' and '.join(ways)}", **TITLE)
+    grid = figure.add_gridspec(lines, 2)
+    for i, field in enumerate(fields):
+        axes = figure.add_subplot(grid[i // 2, i % 2])
+        axes.set_title(FIELDS[field][0])
         axes.set_xlabel("streams")
-        draw_panel(axes, measured, field)
+        draw_panel(axes, [row for row in rows if row[field] is not None], field)
     return figure
 
 
 def draw_panel(axes, rows, field):
-    ends, numbers = [], []
-    for mixer, sees in sorted({(row["mixer"], row["coefficients see"]) for row in rows}):
-        own = [row for row in rows if (row["mixer"], row["coefficients see"]) == (mixer, sees)]
-        n, values = [row["n"] for row in own], [row[field] for row in own]
-        dashes = DASHES[0 if sees == "streams" else 1]
-        axes.plot(n, values, color=colour(mixer), linestyle=dashes, marker="o", markersize=3)
+    curves, ends, numbers = {}, [], []
+    for row in rows:
+        curves.setdefault((row["mixer"], row["sees"], row["compiled"]), []).append(row)
+    for (mixer, sees, compiled), own in curves.items():
+        n, values = [row["n"] for row in own], [row[field] / FIELDS[field][1] for row in own]
+        ink, dashes = colour(mixer), DASHES[0 if sees == "streams" else 1]
+        axes.plot(n, values, color=ink, linestyle=dashes, marker="o", markersize=3)
         if field == "ratio_to_residual":
             bound = [row["flops_bound"] for row in own]
-            axes.plot(n, bound, color=colour(mixer), linestyle=DASHES[2], linewidth=0.9)
+            axes.plot(n, bound, color=ink, linestyle=DASHES[2], linewidth=0.9)
         name = mixer if sees == "streams" else f"{mixer}, sees u"
-        ends.append((name, colour(mixer), n[-1], values[-1]))
+        if not compiled and any(row["compiled"] for row in rows):
+            name += ", eager"
+        ends.append((name, ink, n[-1], values[-1]))
         numbers += values
-    if not ends:
-        return
     axes.set_xscale("log", base=2)
     ticks = sorted({row["n"] for row in rows})
     axes.set_xticks(ticks, map(str, ticks))

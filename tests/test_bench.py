@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from dev import costs
+from dev import costs, growth
 from dev.plain_gpt2 import PlainGPT2
 from dev.table import print_table
 from mixers import MIXERS, n_logits
 from model import GPT, GPTConfig
+from runtime import RunError
 
 SMALL = (
     "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --vocab_size=64 "
@@ -337,3 +338,25 @@ def test_a_table_has_the_columns_that_tell_something(capsys):
     columns = {"name": "a", "figure": "b", "flag": "c", "nothing": "d"}
     print_table(rows, columns, only_if_several=("flag",))
     assert capsys.readouterr().out == "name  figure\nx      1,200\nlong   0.500\n"
+
+
+@pytest.mark.quick
+def test_growth_is_a_table_and_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = {"connection_params": 7, "ratio_to_residual": 0.5, "peak_memory_ratio": 2.0}
+    found |= {"flops_bound": 0.8, "share_of_bound": 0.625}
+    rows = [{"mixer": "tbp", "n_streams": n, **found} for n in (4, 2)]
+    rows.append({"mixer": "residual", "n_streams": 1, **found})
+    report = {"config": {"sees": "input", "compile": False}, "rows": rows}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    growth.write_tables(tmp_path, growth.read_rows(tmp_path))
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines[1:] == [f"tbp,input,False,{n},7,0.5,2.0,,0.8,0.625" for n in (2, 4)]
+    figure = growth.growth_figure(growth.read_rows(tmp_path))
+    # Compiling was not measured, so it has no panel. A line for what was, and one for the bound.
+    assert [len(axes.lines) for axes in figure.axes] == [1, 2, 1]
+    assert figure.axes[1].lines[1].get_ydata().tolist() == [0.8, 0.8]
+
+    (tmp_path / "report.json").unlink()
+    with pytest.raises(RunError, match="has no report of bench.py with several streams"):
+        growth.read_rows(tmp_path)
