@@ -62,6 +62,7 @@ def check_times(row):
 # ---- as a user runs it ---------------------------------------------------------------------------
 
 
+@pytest.mark.long  # with a compiler cache of its own, a minute
 def test_compiled(bench, monkeypatch):
     """On the two models that every run measures: compiling is what takes long here."""
     # Else each empty cache is probed for the processor's instructions, for 14 s.
