@@ -117,7 +117,7 @@ def lock(out_dir):
         file = open(Path(out_dir) / ".lock", "a")
     except OSError as error:
         raise RunError(
-            f"out_dir {out_dir} is not writable ({error.strerror}); choose another with --out_dir=…"
+            f"out_dir {out_dir} is not writable ({error.strerror}); choose another: --out_dir=…"
         ) from error
     try:
         import fcntl
