@@ -366,7 +366,7 @@ def test_a_damaged_result_and_one_of_no_cell_are_named(call, tiny_study, tmp_pat
 def test_a_wide_residual_has_as_many_parameters_as_tbp():
     """Counted one by one: a linear layer of C x n_mlp and one back, against phi, bias and gates."""
     one = grid.read_study(ROOT / "config/studies/constraint.py")
-    C, n = one.knobs["n_embd"], 4
+    C, n = 64, 4  # config/deep.py
     extra = one.arms["residual_wide"]["n_mlp"] - 4 * C
     logits = n + n + (n - 1) ** 2
     hyper_connections = 2 * (logits * n * C + logits + 3)  # of a layer: attention and MLP

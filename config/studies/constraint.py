@@ -18,18 +18,7 @@ scale the embedding up, and the others can be replaced by I. So the embedding ti
 (residual_embed, tbp_embed, hc_embed): the free M is worth no more than that factor if the interval
 of hc_embed minus tbp_embed lies below half of the gap between tbp and hc."""
 
-files = ["config/laptop.py"]
-knobs = {
-    "n_layer": 24,
-    "n_head": 2,
-    "n_embd": 64,
-    "max_iters": 1000,
-    "lr_decay_iters": 1000,
-    "learning_rate": 2e-3,
-    "min_lr": 2e-4,
-    "eval_interval": 250,
-    "checkpoint_interval": 500,
-}
+files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
 
 # residual_wide: a dynamic connection of n = 4 streams of C = 64 channels makes 4 + 4 + 9 numbers

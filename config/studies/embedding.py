@@ -10,18 +10,7 @@ of their paired difference leaves out 0. A best factor at the edge of the grid d
 grid is widened, for all arms, and run again. The factor that is best for residual becomes what
 other studies compare with, if it earns more there than tbp does without one."""
 
-files = ["config/laptop.py"]
-knobs = {
-    "n_layer": 24,
-    "n_head": 2,
-    "n_embd": 64,
-    "max_iters": 1000,
-    "lr_decay_iters": 1000,
-    "learning_rate": 2e-3,
-    "min_lr": 2e-4,
-    "eval_interval": 250,
-    "checkpoint_interval": 500,
-}
+files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
 sweep = {"embed_scale": [24.0, 64.0, 8.0, 1.0]}
 references = ["residual", "tbp"]

@@ -8,18 +8,7 @@ see all streams, and identity. tbp_ends separates what a learned read-out and a 
 streams earn, since every lean form has the former."""
 references = ["residual", "tbp"]
 
-files = ["config/laptop.py"]
-knobs = {
-    "n_layer": 24,
-    "n_head": 2,
-    "n_embd": 64,
-    "max_iters": 1000,
-    "lr_decay_iters": 1000,
-    "learning_rate": 2e-3,
-    "min_lr": 2e-4,
-    "eval_interval": 250,
-    "checkpoint_interval": 500,
-}
+files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
 
 _lean = {"sees": "input", "readout": "learned"}

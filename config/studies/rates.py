@@ -7,17 +7,7 @@ lead stands if the 95 % interval of hc minus tbp leaves out 0 there. tbp_fast, w
 learn at four times the rate, says whether a bounded M is only slow: it explains the part of the
 lead that it closes, if its interval against tbp leaves out 0."""
 
-files = ["config/laptop.py"]
-knobs = {
-    "n_layer": 24,
-    "n_head": 2,
-    "n_embd": 64,
-    "max_iters": 1000,
-    "lr_decay_iters": 1000,
-    "min_lr": 2e-4,
-    "eval_interval": 250,
-    "checkpoint_interval": 500,
-}
+files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
 sweep = {"learning_rate": [4e-3, 1e-3, 2e-3]}
 references = ["residual", "tbp"]

@@ -1,0 +1,6 @@
+# Deep and thin, where mixers differ within 1000 steps: after config/laptop.py.
+n_layer, n_head, n_embd = 24, 2, 64
+max_iters = lr_decay_iters = 1000
+warmup_iters = 100  # as config/laptop.py
+learning_rate, min_lr = 2e-3, 2e-4
+eval_interval, checkpoint_interval = 250, 500
