@@ -27,6 +27,7 @@ from streams import (
     HyperConnection,
     ReadOut,
     Residual,
+    ScaledResidual,
     Streams,
     check_choice,
     start_streams,
@@ -79,6 +80,7 @@ class GPTConfig:
         check_choice("readout", self.readout, ("mean", "learned"))
         check_choice("sees", self.sees, ("streams", "input"))
         check_choice("wraps", self.wraps, ("sublayer", "block"))
+        check_choice("mix_scale", self.mix_scale, ("none", "sublayer", "stream"))
         if self.sees == "input" and self.readout != "learned":
             raise ValueError(
                 "with sees='input' the last sublayer learns what the head reads: readout must be "
@@ -94,7 +96,7 @@ class GPTConfig:
 
     def refuse_knobs_of_streams(self):
         """ValueError where a knob that means nothing for one stream is not at its default."""
-        of_streams = ("gates", "sees", "wraps", "mix_scale", "stream_start", "readout")
+        of_streams = ("gates", "sees", "wraps", "stream_start", "readout")
         for knob in fields(self):
             value = getattr(self, knob.name)
             if knob.name in of_streams and value != knob.default:
@@ -102,12 +104,19 @@ class GPTConfig:
                     f"{self.mixer} has one stream, so {knob.name} must be {knob.default!r}, "
                     f"not {value!r}"
                 )
+        if self.mix_scale == "stream":
+            raise ValueError(
+                f"{self.mixer} has one stream, so mix_scale must be 'none' or 'sublayer', "
+                "not 'stream'"
+            )
 
 
 def make_connection(config, sublayer, last=False):
-    """The module around a sublayer (or a block): Residual or HyperConnection."""
+    """The module around a sublayer (or a block): a Residual, or what has coefficients."""
     if find_mixer(config.mixer).one_stream:
-        return Residual()
+        if config.mix_scale == "none":
+            return Residual()
+        return ScaledResidual(config.n_embd, dynamic=config.dynamic)
     return HyperConnection(
         config.mixer,
         config.n_streams,
@@ -439,7 +448,7 @@ class GPT(nn.Module):
             if isinstance(module, HyperConnection):
                 mix = n * n if module.sizes[2] else 0
                 streams += 3 * 2 * c.n_embd * (n + n + mix)
-            elif isinstance(module, ReadOut):
+            elif isinstance(module, (ReadOut, ScaledResidual)):
                 streams += 3 * 2 * c.n_embd * n
         attention = 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * weights + attention + streams

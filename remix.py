@@ -40,6 +40,10 @@ def with_mixer(old, mixer, n_streams, options):
         raise ValueError(f"{mixer} has one stream, and n streams do not fit into one; name another")
     if config.x0_scalars:
         raise ValueError("a model with x0_scalars has no counterpart with n streams")
+    if from_one and config.mix_scale != "none":
+        raise ValueError(
+            f"one stream with mix_scale={config.mix_scale!r} has no counterpart with n streams"
+        )
     if from_one and not n_streams:
         raise ValueError("the model has one stream: pass --n_streams=4, or another number")
     if not from_one and n_streams not in (None, config.n_streams):

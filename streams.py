@@ -141,6 +141,37 @@ class Coefficients(nn.Module):
         return self.coefficients_of(*in_parts(planes, self.sizes))
 
 
+class ScaledResidual(Coefficients):
+    """The plain residual stream times one learned number, s x + F(x), called as a HyperConnection.
+
+    s = exp(alpha * z + b) for each token, with z = phi @ RMSNorm(x), or exp(b) where static. At the
+    start s is 1. It tells what a scale is worth without any mixing.
+    """
+
+    def __init__(self, n_embd, *, dynamic=True):
+        super().__init__((1,), (False,), 1, n_embd, dynamic)
+        self.reset_parameters()
+
+    def start_bias(self):
+        return torch.zeros(1)  # exp(0) = 1
+
+    def coefficients_of(self, scale):
+        return each(torch.exp, scale)
+
+    def forward(self, streams, branch):
+        x = streams.x  # (B, T, 1, C)
+        (scale,) = self.coefficients(streams)
+        v = branch(x.squeeze(2)).unsqueeze(2)
+        return Streams((scale[..., None, None] * x + v).to(x.dtype), None)
+
+    @torch.no_grad()
+    def observe(self, streams):
+        """As HyperConnection.observe: everything is read and written, and s of it is kept."""
+        one = torch.ones(streams.x.shape[:3], device=streams.x.device)  # (B, T, 1)
+        (scale,) = self.coefficients(streams)
+        return one, one, scale[..., None, None] * one[..., None]
+
+
 class HyperConnection(Coefficients):
     """n residual streams around a branch F (mHC, 2512.24880, eq. 5-8):
 

@@ -160,6 +160,7 @@ def test_transformers_loads_an_exported_residual_model(bias, command, tmp_path, 
         ("sinkhorn", dict(options={"sinkhorn_rounds": 3}, readout="learned")),
         ("tbp", dict(dynamic=False, bias=False, stream_start="learned")),
         ("residual", dict(x0_scalars=True)),
+        ("residual", dict(mix_scale="sublayer")),
         ("residual", dict(embed_scale=2.0)),
     ],
 )
@@ -416,11 +417,13 @@ def test_the_figures_are_those_of_the_tokens(command, tmp_path):
         ("tbp", ["--mixer=rtbp", "--sinkhorn_rounds=3"], "rtbp takes no option 'sinkhorn_rounds'"),
         ("tbp", ["--mixer=sinkhorn", "--sinkhorn_rounds=0"], "must be at least 1"),
         ("x0", ["--mixer=tbp", "--n_streams=4"], "x0_scalars"),
+        ("scaled", ["--mixer=tbp", "--n_streams=4"], "mix_scale='sublayer' has no counterpart"),
     ],
 )
 def test_mixers_that_cannot_be_had_are_refused(old, arguments, says, command, tmp_path):
-    model = model_of("residual", x0_scalars=True) if old == "x0" else model_of(old)
-    write(tmp_path / "out", model)
+    special = {"x0": {"x0_scalars": True}, "scaled": {"mix_scale": "sublayer"}}
+    mixer = "residual" if old in special else old
+    write(tmp_path / "out", model_of(mixer, **special.get(old, {})))
     with pytest.raises(ValueError, match=says):
         command("mixer", tmp_path / "out", tmp_path / "new", *arguments)
     assert not (tmp_path / "new").exists()

@@ -184,6 +184,19 @@ def test_x0_scalars_start_as_the_plain_gpt_and_do_what_they_say(tokens):
     torch.testing.assert_close(model.blocks[0](x0, x0.x).x, expected)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_one_stream_with_a_scale_starts_as_the_plain_gpt(dynamic, tokens):
+    plain = build("residual")
+    model = build("residual", mix_scale="sublayer", dynamic=dynamic)
+    assert torch.equal(model(tokens)[0], plain(tokens)[0])
+    assert_cache_changes_nothing(model, tokens)
+    assert model.flops_per_token() - plain.flops_per_token() == 4 * (dynamic * 6 * 24 + 6 * 24)
+    assert trained(model, tokens, 60) < 1.0
+    scales = [M.item() for M in model.mixing_matrices(tokens)]
+    assert min(abs(scale - 1) for scale in scales) > 1e-3
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_fits_a_few_sequences(mixer, tokens):
     assert trained(build(mixer, n_streams=2), tokens, 60) < 1.0 < math.log(61) - 1
@@ -317,6 +330,11 @@ def test_counts_and_flops():
         (dict(sees="u"), "sees must be one of streams, input, not 'u'"),
         (dict(wraps="model"), "wraps must be one of sublayer, block, not 'model'"),
         (dict(mixer="residual", n_streams=1, wraps="block"), "wraps must be 'sublayer'"),
+        (
+            dict(mixer="residual", n_streams=1, mix_scale="stream"),
+            "mix_scale must be 'none' or 'sublayer', not 'stream'",
+        ),
+        (dict(mix_scale="token"), "mix_scale must be one of none, sublayer, stream, not 'token'"),
         (dict(x0_scalars=True), "x0_scalars are for the residual mixer, not for tbp"),
     ],
 )

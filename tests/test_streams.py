@@ -12,6 +12,7 @@ from streams import (
     HyperConnection,
     ReadOut,
     Residual,
+    ScaledResidual,
     Streams,
     scale_rows,
     start_streams,
@@ -184,6 +185,20 @@ def test_residual_adds_the_branch():
     x, branch = torch.randn(2, 3, 6), torch.nn.Linear(6, 6)
     streams = start_streams(x, 1)
     torch.testing.assert_close(Residual()(streams, branch).x[:, :, 0], x + branch(x))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_scaled_residual_and_its_gradients_are_the_plain_formulas(dynamic):
+    module = noisy(ScaledResidual(6, dynamic=dynamic))
+    branch = noisy(torch.nn.Linear(6, 6))
+    x = torch.randn(2, 3, 1, 6, dtype=torch.float64, requires_grad=True)
+    scale = plain_logits(module, x)[0].exp()  # (B, T, 1)
+    plain = scale * x[:, :, 0] + branch(x[:, :, 0])
+    mine = module(Streams(x, None), branch).x[:, :, 0]
+    assert_same_with_gradients(mine, plain, [x, *module.parameters(), *branch.parameters()])
+    observed = module.observe(Streams(x.detach(), None))
+    torch.testing.assert_close(observed[2][..., 0].double(), scale.detach())
 
 
 @pytest.mark.quick

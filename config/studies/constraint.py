@@ -16,7 +16,12 @@ reported with their bound, not as "the same".
 Added after seed 1 of residual, residual_scalars, tbp and hc: hc's first two matrices do little but
 scale the embedding up, and the others can be replaced by I. So the embedding times sqrt(C) = 8
 (residual_embed, tbp_embed, hc_embed): the free M is worth no more than that factor if the interval
-of hc_embed minus tbp_embed lies below half of the gap between tbp and hc."""
+of hc_embed minus tbp_embed lies below half of the gap between tbp and hc.
+Added after seed 3 of residual, tbp and hc: tbp_scale closes most of the gap, and a number times an
+exact M is that M with smaller or larger writes (LOG.md). So the same number without any mixing
+(residual_scale, identity_scale), and beside signs (orthogonal_scale): mixing matters beside the
+scale if the interval of tbp_scale minus residual_scale lies below 0, and scale and signs together
+explain the free M if the interval of hc minus orthogonal_scale holds 0."""
 
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
@@ -39,6 +44,10 @@ arms = {
     "hc_bounded": {"mixer": "hc", "gates": "bounded"},
     "tbp_free": {"mixer": "tbp", "gates": "free"},
     "tbp_scale": {"mixer": "tbp", "mix_scale": "sublayer"},
+    "residual_scale": {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"},
+    "identity_scale": {"mixer": "identity", "mix_scale": "sublayer"},
+    "orthogonal_scale": {"mixer": "orthogonal", "mix_scale": "sublayer"},
+    "tbp_scale_embed": {"mixer": "tbp", "mix_scale": "sublayer", "embed_scale": 8.0},
     "tbp_exp": {"mixer": "tbp", "gates": "exp"},
     "diagonal": {"mixer": "identity", "mix_scale": "stream"},
     "rows": {"mixer": "rows"},
