@@ -31,7 +31,7 @@ import curves
 import maps
 import plots
 from configurator import configure
-from data import TokenBlocks, write_atomic
+from data import TokenBlocks, write_json
 from measure import composite_gains, look_at, loss_changes
 from mixers import composite_gain
 from model import GPT, GPTConfig
@@ -72,6 +72,7 @@ def look_at_run():
     found = analysis(path, pick_device(device))
     print(table(found))
     folder = Path(out or path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "analysis.json", found)
     print(f"written: {folder / 'analysis.json'}")
     plots.save(folder / "analysis.png", maps.run_figure, found)
@@ -242,6 +243,7 @@ def compare_runs():
             f"--runs={runs}: there is no such folder; a pattern is --runs='out/laptop-*'"
         )
     target = Path(out or os.path.commonpath(folders))
+    target.mkdir(parents=True, exist_ok=True)
     points = curves.points_of(curves.read_results(folders))
     for name in FIGURES if figure == "all" else (figure,):
         try:
@@ -365,20 +367,6 @@ def gain_of_run(point, seed, folder):
 
 
 FIGURES = {"loss": draw_loss, "training": draw_training, "study": draw_study, "gain": draw_gain}
-
-
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(finite(value), indent=1).encode() + b"\n")
-
-
-def finite(value):
-    """`value` with None for every number that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import torch
 import compiler
 import runtime
 from configurator import at_least, configure
-from data import write_atomic
+from data import write_json
 from dev import costs
 from dev.plain_gpt2 import PlainGPT2
 from dev.table import print_table, shown
@@ -385,8 +385,7 @@ def speed(case, seconds, row):
 
 def write(about, rows):
     """`about` and the rows so far, to the file `out`."""
-    text = json.dumps(about | {"rows": list(rows.values())}, indent=1) + "\n"
-    write_atomic(out, text.encode())
+    write_json(out, about | {"rows": list(rows.values())})
 
 
 def say(case, found):

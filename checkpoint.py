@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from data import write_atomic
+from data import finite, write_atomic
 from runtime import RunError, print0
 from tokenizer import tokenizer_name
 
@@ -418,9 +418,7 @@ class Metrics:
         self.file = open(self.path, "ab", buffering=0)  # a line at a time: a kill loses none
 
     def write(self, **record):
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[name] = None  # NaN and infinity are no JSON
+        record = finite(record)
         line = json.dumps(record).encode() + b"\n"
         try:
             if self.file.write(line) < len(line):

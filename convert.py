@@ -17,7 +17,6 @@ remix.py says what becomes of the parameters of one mixer in another.
 """
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -27,7 +26,7 @@ import torch
 
 import checkpoint
 import pretrained
-from data import read_meta, write_atomic
+from data import read_meta, write_atomic, write_json
 from mixers import OPTIONS, find_mixer
 from model import GPT, GPTConfig
 from remix import drop_what_misleads, measure, sequences, with_mixer
@@ -216,7 +215,7 @@ def export(source, folder):
     content = pretrained.safetensors().save(tensors, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "model.safetensors", content)
-    write_atomic(folder / "config.json", json.dumps(config | {OURS: ours}, indent=1).encode())
+    write_json(folder / "config.json", config | {OURS: ours})
     print(f"wrote {folder} from {path}: {loads}")
 
 

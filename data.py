@@ -15,6 +15,7 @@ too. What a user can get wrong raises DataError.
 import bisect
 import errno
 import json
+import math
 import os
 import shlex
 import zlib
@@ -121,6 +122,20 @@ def write_atomic(path, *parts):
     finally:
         if temporary.exists():  # a read-only file system refuses to delete what is not there
             temporary.unlink()
+
+
+def write_json(path, value):
+    """Writes a value as a JSON file, as write_atomic does. JSON has no NaN: null stands for it."""
+    write_atomic(path, json.dumps(finite(value), indent=1).encode() + b"\n")
+
+
+def finite(value):
+    """The value, with None for each float inside that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -233,7 +248,7 @@ def write_meta(directory, meta):
     splits                  {"train": split, "val": split}, where a split is
                             {tokens, documents, shards: [{file, tokens, crc32}]}
     """
-    write_atomic(Path(directory) / META, json.dumps(meta, indent=1).encode() + b"\n")
+    write_json(Path(directory) / META, meta)
 
 
 def read_meta(directory):

@@ -33,7 +33,7 @@ import compiler
 import scoring
 from configurator import at_least, configure
 from corpus import ask_hub, read_whole
-from data import DataError, brief, probe, read_meta, read_shard, write_atomic
+from data import DataError, brief, probe, read_meta, read_shard, write_json
 from runtime import pick_autocast, pick_device, provenance, run_script
 from tokenizer import tokenizer_name
 from trained import activation_dtype, open_trained
@@ -304,8 +304,8 @@ def main():
     print(f"{trained.title}, {about['dtype']}\n")
     print(table(measured), flush=True)
     if results:
-        text = json.dumps(about | measured | {"provenance": provenance()}, indent=1)
-        write_atomic(os.path.expanduser(results), text.encode() + b"\n")
+        written = about | measured | {"provenance": provenance()}
+        write_json(os.path.expanduser(results), written)
 
 
 if __name__ == "__main__":

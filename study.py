@@ -23,7 +23,6 @@ One that fails otherwise is named at the end, and runs again with the next call.
 
 import argparse
 import ast
-import json
 import os
 import shlex
 import signal
@@ -37,7 +36,7 @@ import torch
 
 import checkpoint
 import comparison
-from data import DataError, write_atomic
+from data import DataError, write_atomic, write_json
 from grid import (
     TRAIN,
     Cell,
@@ -79,7 +78,7 @@ def keep_result(cell, options, gave_up):
         "knobs": config,
     }
     cell.result.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(cell.result, json.dumps(result, indent=1).encode())
+    write_json(cell.result, result)
     return result
 
 

@@ -39,7 +39,7 @@ import runtime
 import warm_start
 from batches import evaluate, micro_batches, open_splits, sequences_per_step, to_device
 from configurator import at_least, configure, resolve
-from data import verify, write_atomic
+from data import verify, write_json
 from mixers import OPTIONS, options_of
 from model import GPT, GPTConfig
 from progress import Clock, Progress, Tally, log_line, metrics_line
@@ -168,8 +168,7 @@ def compile_model(model, val_blocks, machine):
 
 def open_metrics(step, provenance):
     """Write config.json and open metrics.jsonl, which keeps its lines up to `step`."""
-    text = json.dumps({**config, "provenance": provenance}, indent=1)
-    write_atomic(os.path.join(out_dir, "config.json"), text.encode())
+    write_json(os.path.join(out_dir, "config.json"), {**config, "provenance": provenance})
     trackers = open_trackers(config, step, provenance)
     return checkpoint.Metrics(out_dir, step, trackers)
 

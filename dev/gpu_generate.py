@@ -17,7 +17,7 @@ import torch
 
 import runtime
 from configurator import configure
-from data import write_atomic
+from data import write_json
 from dev.table import print_table
 from generate import Decoder, cast_weights, generate
 from mixers import find_mixer
@@ -113,8 +113,7 @@ def main():
         "config": config,
     }
     path = Path(folder) / "generate.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(about | {"rows": rows}, indent=1).encode() + b"\n")
+    write_json(path, about | {"rows": rows})
     print("machine: " + json.dumps(about["machine"]) + f", commit {about['provenance']['commit']}")
     print_table(rows, COLUMNS)
     print(f"wrote {path}")

@@ -17,14 +17,13 @@ n-cycle is needed, a permutation that visits every stream.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import torch
 
 import plots
-from data import write_atomic
+from data import write_json
 from mixers import (
     MIXERS,
     ds_error,
@@ -283,7 +282,7 @@ def main():
     settings = {"provenance": provenance(), "targets": options.targets, "steps": options.steps}
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "reach.json", json.dumps({**settings, "found": found}, indent=1).encode())
+    write_json(out / "reach.json", {**settings, "found": found})
     plots.save(out / "reach.png", reach_figure, found, options.steps)
     print(table(found))
     print(f"written: {out / 'reach.json'}, {out / 'reach.png'}")

@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import resource
 import struct
@@ -22,6 +24,7 @@ from data import (
     read_shard,
     verify,
     write_atomic,
+    write_json,
     write_meta,
     write_shard,
 )
@@ -393,3 +396,14 @@ def test_pins(folder):
     assert all(
         t.is_pinned() for t in TokenBlocks(folder, "train", 4, pin_memory=True).batch(0, 4, 0, 4)
     )
+
+
+@pytest.mark.quick
+def test_a_json_file_is_one_that_any_program_reads(tmp_path):
+    """Strict readers refuse NaN, and tools that look at text files want a newline at the end."""
+    found = {"loss": math.nan, "gains": (1.5, math.inf), "rows": [{"step": 3, "loss": -math.inf}]}
+    write_json(tmp_path / "found.json", found)
+    text = (tmp_path / "found.json").read_text()
+    expected = {"loss": None, "gains": [1.5, None], "rows": [{"step": 3, "loss": None}]}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
+    assert text.endswith("}\n") and not (tmp_path / "found.json.tmp").exists()
