@@ -15,7 +15,7 @@ import torch
 
 
 def compiler_options():
-    """Options for torch.compile. What this torch does not know is left out."""
+    """Options for torch.compile, those of them that this version of torch knows."""
     wanted = {
         # A sum over the n streams stays a loop. Below this number of terms Inductor would unroll
         # it, and then could not fuse it with the kernel that wrote the streams.
@@ -24,9 +24,9 @@ def compiler_options():
         "max_fusion_size": 1024,
         # On a CPU, the sums over channels for all coefficients' gradients are one loop.
         "cpp.max_horizontal_fusion_size": 1024,
-        # A stack of more planes than this is stored once. Inductor would compute a smaller one
-        # again for every channel that uses it. 3, so that the gradients of q, k and v are still
-        # joined by one kernel.
+        # Inductor stores a stack of more planes than this. It would compute a smaller stack again
+        # for every channel that uses it. 3, because one kernel should still join the gradients of
+        # q, k and v.
         "max_pointwise_cat_inputs": 3,
         "max_complex_pointwise_cat_inputs": 3,  # the same, since torch 2.13
     }
@@ -36,7 +36,7 @@ def compiler_options():
 
 @torch.no_grad()
 def mean_square(x):
-    """x (B, T, n, C) -> (B, T) in float32. No gradient: Project.backward takes that of the norm."""
+    """x (B, T, n, C) -> (B, T) in float32, without a gradient: Project.backward adds it to x's."""
     return at_least_float32(x).square().mean((-2, -1))
 
 
@@ -48,7 +48,8 @@ class Project(torch.autograd.Function):
 
     x (B, T, n, C), mean_square (B, T), phi (K, n*C). The caller needs phi @ RMSNorm(x), which is
     y * r: the norm is applied after the product, and the mean square comes from the pass that wrote
-    x, so x is read once. The backward gives x the gradient through r as well, and mean_square none.
+    x, so x is read once. In the backward x gets the gradient that goes through r too, and
+    mean_square gets none.
     """
 
     @staticmethod
@@ -64,20 +65,22 @@ class Project(torch.autograd.Function):
         x, phi, r = ctx.saved_tensors
         flat = x.flatten(0, 1).flatten(1)  # (B*T, n*C)
         grad_y = grad_y.to(x.dtype).flatten(1)  # (K, B*T)
-        radial = (grad_r * r * r * r / flat.shape[1]).to(x.dtype)[
-            ..., None, None
-        ]  # dr = -r^3 x dx/nC
+        # r = (mean(x^2) + 1e-6)^(-1/2), so dr/dx = -r^3 x / (n C).
+        radial = (grad_r * r * r * r / flat.shape[1]).to(x.dtype)  # (B, T), for -x
         with torch.autocast(x.device.type, enabled=False):
             grad_x = grad_y.t() @ phi.to(x.dtype)
-        return grad_x.view_as(x) - x * radial, None, matmul_float32(grad_y, flat)
+        grad_x = grad_x.view_as(x) - x * radial[..., None, None]
+        return grad_x, None, matmul_float32(grad_y, flat)
 
 
 class Logits(torch.autograd.Function):
     """The K planes (B, T) of bias + alpha * f(y * r).
 
-    y (K, B, T), r (B, T), alpha (parts,), bias (K,). The K logits lie in parts (read, write, mix),
-    `sizes` of them in each; a part has one alpha, and f is tanh where `squashed` says so for the
-    part, else the identity. One sum over the tokens gives the gradients of alpha and bias.
+    y (K, B, T), r (B, T), alpha (parts,), bias (K,). The K logits lie in parts, such as read, write
+    and mix. For each part, `sizes` has the number of its logits, alpha its factor, and `squashed`
+    whether f is tanh; otherwise f is the identity.
+
+    In the backward, one sum over the tokens gives the gradients of alpha and bias.
     """
 
     @staticmethod
@@ -133,9 +136,9 @@ def squashed_logits(sizes, squashed, device):
 
 
 # ---- from the streams to the branch, and back ----------------------------------------------------
-# The three Functions below get each coefficient twice: stacked (a, M, w), without a gradient, to
-# compute with; and plane by plane, to receive the gradient. A gradient of the stack would cost one
-# more kernel, which cuts it into planes.
+# The three Functions below get each coefficient twice: in a stack (a, M or w), to compute with; and
+# as a plane, to receive the gradient. The stacks get no gradient, since one more kernel would have
+# to cut it into planes.
 #
 # Their forwards take *args: with gradients off, Dynamo drops the ctx of a forward that has as many
 # parameters as the call has arguments.
@@ -200,16 +203,17 @@ class Write(torch.autograd.Function):
 
 
 class MixWriteReadAhead(torch.autograd.Function):
-    """All that passes over the streams in one sublayer that reads ahead, in one pass.
+    """Mix, write and read ahead, in one pass over the streams.
 
     x (B, T, n, C), v (B, T, C), a and w (B, T, n), M (B, T, n, n) or None for I, then the planes of
     a, w and M. -> x'_i = sum_j M_ij x_j + w_i v (B, T, n, C), u' = sum_i a_i x'_i (B, T, C), both
     in x's dtype, and the mean square of u' (B, T) in float32.
 
-    The streams are separate tensors throughout, so that every loop runs over tokens and channels.
+    Each stream is a tensor of its own throughout, so that every loop runs over tokens and channels.
 
-    Backward: G_i = grad_i + a_i grad_u is the whole gradient of x'_i. Sums over channels, <., .>,
-    are of what is read anyway, so that one loop has all of them and neither G nor x' is stored:
+    Backward: G_i = grad_i + a_i grad_u is the whole gradient of x'_i. With <., .> for a sum over
+    channels, the gradients of the coefficients need only what the loop reads anyway (grad, grad_u,
+    x and v), so that neither G nor x' is stored:
         <G_i, x_j> = <grad_i, x_j> + a_i <grad_u, x_j>         the gradient of M_ij
         <G_i, v> = <grad_i, v> + a_i <grad_u, v>               that of w_i
         <grad_u, x'_i> = sum_j M_ij <grad_u, x_j> + w_i <grad_u, v>            that of a_i
@@ -282,7 +286,8 @@ class Combine(torch.autograd.Function):
     """sum_j A_ij x_j (B, T, m, C) in float32, from A (B, T, m, n) in float32 and x (B, T, n, C).
 
     One product for all m sums, and in the backward one for the gradient of A and one for that of x.
-    x is kept in its own dtype. The gradient must have come through a cast to that dtype.
+    Between the two, x is stored in its own dtype. The backward casts its gradient to that dtype,
+    which loses nothing if the result was cast to it: the gradient of a cast has the cast's dtype.
     """
 
     @staticmethod
@@ -305,8 +310,8 @@ def combine(A, x):
 def product_float32(a, b):
     """a (B, T, m, n) @ b (B, T, n, C), summed and returned in float32 (float64 stays float64).
 
-    On a GPU, a product of half precision; a in float32 is then the sum of two terms of b's dtype,
-    so that a matrix whose sums are 1 keeps them to 2^-16.
+    On a GPU with b in 16 bits, both factors of the product are in 16 bits. A float32 a is then
+    split into two terms of b's dtype, so that row sums that are 1 stay 1 to 2^-16.
     """
     with torch.autocast(b.device.type, enabled=False):
         if not b.is_cuda or b.dtype not in (torch.bfloat16, torch.float16):
@@ -336,6 +341,6 @@ def at_least_float32(t):
 
 
 def cast(t, dtype):
-    """t in another dtype, and t itself in its own: torch 2.11 loses the gradient of a Function's
+    """t in this dtype; t itself if it has it, since torch 2.11 loses the gradient of a Function's
     output that went through a `.to()` which changes nothing."""
     return t if t.dtype == dtype else t.to(dtype)

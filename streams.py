@@ -42,11 +42,12 @@ class Streams(NamedTuple):
     """The residual state between two sublayers.
 
     x            (B, T, n, C)
-    mean_square  (B, T) in float32, the mean of x^2 over streams and channels, or of u^2 where
-                 there is a u ahead. It travels with x because the pass that writes x can take it as
-                 well. None after a sublayer whose own coefficients do not depend on x: the next
-                 sublayer that needs it takes it then.
-    ahead        where reads are taken ahead, u (B, T, C), which the next branch reads; else None
+    mean_square  (B, T) in float32: the mean of x^2 over streams and channels; where there is a
+                 vector ahead, the mean of its squares. It travels with x because the pass that
+                 writes x computes it on the way. None after a static sublayer: a dynamic sublayer
+                 that follows computes it.
+    ahead        u (B, T, C), which the next branch reads, where sublayers read ahead (sees="input"
+                 of HyperConnection); else None
     """
 
     x: torch.Tensor
@@ -54,14 +55,16 @@ class Streams(NamedTuple):
     ahead: torch.Tensor | None = None
 
     def at(self, positions):
-        """Keep one token of each row, positions[b] of row b: T = 1."""
-        rows = list(range(len(positions)))
-        return Streams(*(None if t is None else t[rows, positions][:, None] for t in self))
+        """-> Streams of one token a sequence (T = 1): of sequence b, token positions[b]."""
+        sequences = list(range(len(positions)))
+        return Streams(*(None if t is None else t[sequences, positions][:, None] for t in self))
 
 
 def start_streams(x, n_streams, offsets=None, read_ahead=False):
-    """x (B, T, C) -> Streams: n copies of x, plus offsets (n, C) if there are any. With read_ahead
-    the first branch reads the mean of the streams."""
+    """x (B, T, C) -> Streams: n copies of x, plus offsets (n, C) if there are any.
+
+    read_ahead: the first sublayer reads ahead, so the mean of the streams is what its branch reads.
+    """
     x = x[:, :, None].repeat(1, 1, n_streams, 1)
     if offsets is not None:
         x = x + offsets.to(x.dtype)
@@ -79,21 +82,25 @@ class Residual(nn.Module):
         return Streams(x + branch(x.squeeze(2)).unsqueeze(2), None)
 
     def observe(self, streams):
-        """As HyperConnection.observe: everything is read, written and kept."""
+        """As HyperConnection.observe, with a, w and M all 1: a matrix of one stream."""
         one = torch.ones(streams.x.shape[:3], device=streams.x.device)  # (B, T, 1)
         return one, one, one[..., None]
 
 
 class Coefficients(nn.Module):
-    """Logits in parts of `sizes`: bias + alpha * f(phi @ RMSNorm(x)) for each token, or, static,
-    the bias alone.
+    """Coefficients of the streams, made from logits.
 
-    squashed: for each part whether f is tanh; otherwise f is the identity. n_seen: the numbers of
-    a token that phi sees. A subclass defines `start_bias`, the bias at the start, and
-    `coefficients_of`, what the logits mean, and calls `reset_parameters` once it can answer.
+    Dynamic: the logits of a token are bias + alpha * f(phi @ RMSNorm(x)). Static: the bias alone.
 
-    Logits and coefficients are lists of planes, one a number, for up to FEW_STREAMS. Where there
-    are more, `stacked` is True, and a tensor with the planes in its first dimension stands for the
+    sizes     how many logits each part has, such as (read, write, mix); each part has its own alpha
+    squashed  for each part, whether f is tanh; otherwise f is the identity
+    n_seen    how many numbers of a token phi multiplies
+
+    A subclass defines `start_bias()`, the bias at the start, and `coefficients_of(*parts)`, from
+    logits to coefficients. Its __init__ ends with `reset_parameters()`, which calls start_bias.
+
+    For up to FEW_STREAMS streams, logits and coefficients are lists of planes (passes.py). For
+    more, `stacked` is True: a tensor, whose first dimension counts the planes, stands for each
     list.
     """
 
@@ -114,31 +121,34 @@ class Coefficients(nn.Module):
             self.alpha.fill_(0.01)
 
     def coefficients(self, streams):
-        """`coefficients_of` each part's logits: planes (B, T) in float32, or (1, 1) where static.
+        """-> what `coefficients_of` returns: planes (B, T) in float32, or (1, 1) if static.
 
-        The backward computes the coefficients again from y and r, so that no number in between is
-        kept. alpha and bias are passed in: under torch.func.functional_call the module's own may be
-        other tensors by the time of the backward.
+        The backward computes the coefficients again from y and r, so nothing in between is stored.
+        alpha and bias are arguments of what is computed again: with torch.func.functional_call,
+        self.alpha and self.bias may be other tensors by the time of the backward.
         """
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         if not self.dynamic:
-            return recompute(self.of_layer, self.bias)
-        x, square = streams.x, streams.mean_square
-        y, r = Project.apply(x, mean_square(x) if square is None else square, self.phi)
-        return recompute(self.of_tokens, y, r, self.alpha, self.bias)
+            return recompute(self.static_coefficients, self.bias)
+        square = streams.mean_square
+        if square is None:
+            square = mean_square(streams.x)
+        y, r = Project.apply(streams.x, square, self.phi)
+        return recompute(self.dynamic_coefficients, y, r, self.alpha, self.bias)
 
-    def of_tokens(self, y, r, alpha, bias):
+    def dynamic_coefficients(self, y, r, alpha, bias):
         if self.stacked:
             parts = stacked_logits(y, r, alpha, bias, self.sizes, self.squashed)
         else:
-            parts = in_parts(Logits.apply(y, r, alpha, bias, self.sizes, self.squashed), self.sizes)
+            planes = Logits.apply(y, r, alpha, bias, self.sizes, self.squashed)
+            parts = split_planes(planes, self.sizes)
         return self.coefficients_of(*parts)
 
-    def of_layer(self, bias):
+    def static_coefficients(self, bias):
         planes = at_least_float32(bias)[:, None, None]  # (K, 1, 1)
         if not self.stacked:
             planes = planes.unbind(0)
-        return self.coefficients_of(*in_parts(planes, self.sizes))
+        return self.coefficients_of(*split_planes(planes, self.sizes))
 
 
 class ScaledResidual(Coefficients):
@@ -193,9 +203,9 @@ class HyperConnection(Coefficients):
     mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T
     gates       "bounded", as above; "exp": w = exp(logit), without an upper bound; "free": a and w
                 are b + alpha * tanh(z); "auto": free for an unbounded mixer, else bounded
-    mix_scale   a factor exp(logit) of M, 1 at the start: "none", one for the "sublayer", or one for
-                each "stream" (a row of M). M is then doubly stochastic but for this factor. The
-                factor's logits share alpha_mix.
+    mix_scale   a learned factor of M, 1 at the start: "none", one for the "sublayer", or one for
+                each "stream" (a row of M). The mixer's matrix is doubly stochastic; the product M
+                is not. A factor is exp(logit), and its logit shares alpha_mix.
     sees        what a, w and M depend on: all "streams", as in the papers, or only the branch's
                 "input" u, so that phi is n times smaller. With "input" the module also computes
                 what the next branch reads, u' = sum_i a_i x'_i with a from this sublayer's u: one
@@ -229,6 +239,7 @@ class HyperConnection(Coefficients):
         check_choice("gates", gates, ("auto", "bounded", "exp", "free"))
         check_choice("sees", sees, ("streams", "input"))
         check_choice("mix_scale", mix_scale, ("none", "sublayer", "stream"))
+
         squash_mix = not find_mixer(mixer).bounded
         if gates == "auto":
             gates = "free" if squash_mix else "bounded"
@@ -240,10 +251,11 @@ class HyperConnection(Coefficients):
 
         self.mixer, self.n_streams, self.options = mixer, n_streams, options
         self.read_ahead = sees == "input"
-        self.most_read = (sublayer + self.read_ahead) % n_streams
+        reader = sublayer + self.read_ahead  # the sublayer whose branch reads with this module's a
+        self.most_read = reader % n_streams
         reads_evenly = last and self.read_ahead
-        self.mix_start, self.read_start = mix_start, 1 / n_streams if reads_evenly else read_start
-        self.gates, self.n_mixer_logits = gates, K
+        self.read_start = 1 / n_streams if reads_evenly else read_start
+        self.mix_start, self.gates, self.n_mixer_logits = mix_start, gates, K
         self.reset_parameters()
 
     def start_bias(self):
@@ -265,6 +277,7 @@ class HyperConnection(Coefficients):
             write = each(twice_sigmoid, write)
         elif self.gates == "exp":
             write = each(torch.exp, write)
+
         n, K = self.n_streams, self.n_mixer_logits
         if self.stacked:
             M = stacked_matrix(self.mixer, mix[:K], n, **self.options)
@@ -272,8 +285,9 @@ class HyperConnection(Coefficients):
             return read, write, [] if M is None else M.flatten(0, 1)
         M = find_mixer(self.mixer).map(mix[:K], n, **self.options)
         M = scale_rows(M, mix[K:], n)
-        # A view of each: a mixer may return one plane for two entries, and Dynamo refuses what
-        # returns one tensor twice.
+
+        # A view of each plane: a mixer may return the same plane for two entries of M, and Dynamo
+        # refuses a function that returns the same tensor twice.
         return [*read], [*write], [m.view_as(m) for row in M for m in row]
 
     def forward(self, streams, branch):
@@ -284,6 +298,7 @@ class HyperConnection(Coefficients):
         return self.by_planes(streams, branch, *coefficients)
 
     def by_planes(self, streams, branch, read, write, mix):
+        """Forward for few streams. read, write, mix: lists of n, n and n^2 planes; no mix for I."""
         x, n = streams.x, self.n_streams
         planes = read + write + mix
         values = torch.stack(planes, -1)  # (B, T, 2n + n^2), or 2n for M = I; (1, 1, ...) if static
@@ -303,18 +318,26 @@ class HyperConnection(Coefficients):
         return Streams(new, square if self.dynamic else None, ahead)
 
     def by_tensors(self, streams, branch, read, write, mix):
-        x, u, n = streams.x, streams.ahead, self.n_streams
-        a = read.movedim(0, -1)[..., None, :]  # (B, T, 1, n), or (1, 1, 1, n) if static
-        w = write.movedim(0, -1)[..., None]  # (B, T, n, 1)
-        rows = [] if self.read_ahead else [a]
-        if len(mix):
-            rows.append(mix.movedim(0, -1).unflatten(-1, (n, n)))
-        sums = combine(torch.cat(rows, -2), x) if rows else None  # u, then the mixed streams
-        mixed = sums[..., -n:, :] if len(mix) else x
-        if not self.read_ahead:
-            u = sums[..., 0, :].to(x.dtype)
+        """Forward for many streams: sums over the streams are matrix products.
 
+        read, write (n, B, T) and mix (n^2, B, T), or (n, 1, 1) and (n^2, 1, 1) if static; no mix
+        for M = I.
+        """
+        x, n = streams.x, self.n_streams
+        a = read.movedim(0, -1)[..., None, :]  # (B, T, 1, n)
+        w = write.movedim(0, -1)[..., None]  # (B, T, n, 1)
+        M = mix.movedim(0, -1).unflatten(-1, (n, n)) if len(mix) else None
+
+        if self.read_ahead:
+            u = streams.ahead
+            mixed = x if M is None else combine(M, x)
+        elif M is None:
+            u, mixed = combine(a, x)[..., 0, :].to(x.dtype), x
+        else:
+            sums = combine(torch.cat([a, M], -2), x)  # (B, T, 1 + n, C): u, then the mixed streams
+            u, mixed = sums[..., 0, :].to(x.dtype), sums[..., 1:, :]
         new = mixed + w * branch(u)[..., None, :]  # float32
+
         if not self.read_ahead:
             return Streams(new.to(x.dtype), mean_square(new) if self.dynamic else None)
         new = new.to(x.dtype)
@@ -330,8 +353,9 @@ class HyperConnection(Coefficients):
 
     @torch.no_grad()
     def observe(self, streams):
-        """-> a (B, T, n), w (B, T, n) and M (B, T, n, n) of every token, in float32, to look at.
-        With sees="input", a is what the next sublayer reads."""
+        """-> a (B, T, n), w (B, T, n) and M (B, T, n, n) of every token, in float32.
+
+        With sees="input", a gives what the next sublayer reads."""
         (B, T, n, _), device = streams.x.shape, streams.x.device
         read, write, mix = self.coefficients(self.seen(streams))
         a, w = (torch.stack([*planes], -1).expand(B, T, n) for planes in (read, write))
@@ -344,8 +368,8 @@ class HyperConnection(Coefficients):
 class ReadOut(Coefficients):
     """Streams -> sum_j r_j x_j (B, T, C), the head's input, with r = sigmoid(alpha * z + b).
 
-    At the start r = 1/n: the mean. What the last sublayer's M does reaches the loss only through a
-    read-out that is not the mean, since a doubly stochastic M leaves the mean as it is.
+    At the start r = 1/n, the mean. With the mean for ever, the last sublayer's M would have no
+    effect on the loss: a doubly stochastic M leaves the mean of the streams as it is.
     """
 
     def __init__(self, n_streams, n_embd, *, dynamic=True):
@@ -366,14 +390,14 @@ class ReadOut(Coefficients):
         return ReadAndMix.apply(x, torch.stack(read, -1), None, *read)
 
 
-def in_parts(planes, sizes):
-    """Planes, in a list or stacked, cut into parts of `sizes`."""
+def split_planes(planes, sizes):
+    """Planes, in a list or stacked -> one list or stack for each part, of these sizes."""
     ends = itertools.accumulate(sizes)
     return [planes[end - size : end] for end, size in zip(ends, sizes)]
 
 
 def each(function, planes):
-    """A pointwise function of every plane, in a list or stacked."""
+    """Apply a pointwise function to every plane, in a list or stacked."""
     if isinstance(planes, torch.Tensor):
         return function(planes)
     return [function(plane) for plane in planes]
@@ -384,18 +408,20 @@ def twice_sigmoid(plane):
 
 
 def scale_rows(M, logits, n):
-    """The rows of M times exp(logit): one logit for all rows, or one a row. No logits: M itself."""
+    """M, as rows of planes, times the factors exp(logit): one for all rows, or one for each row.
+
+    No logits: M itself. No rows: M is the identity."""
     if not logits:
         return M
     scale = [logit.exp() for logit in logits]
-    if not M:  # the identity
+    if not M:
         zero = torch.zeros_like(scale[0])
         return [[scale[i % len(scale)] if i == j else zero for j in range(n)] for i in range(n)]
     return [[scale[i % len(scale)] * m for m in row] for i, row in enumerate(M)]
 
 
 def scale_rows_stacked(M, logits, n):
-    """`scale_rows` of M (n, n, ...), or None for the identity, by logits (0, 1 or n, ...)."""
+    """As `scale_rows`, of M (n, n, ...), or None for the identity, and logits (0, 1 or n, ...)."""
     if not len(logits):
         return M
     scale = logits.exp().expand(n, *logits.shape[1:])
