@@ -155,7 +155,7 @@ class ScaledResidual(Coefficients):
     """The plain residual stream times one learned number, s x + F(x), called as a HyperConnection.
 
     s = exp(alpha * z + b) for each token, with z = phi @ RMSNorm(x), or exp(b) where static. At the
-    start s is 1. It tells what a scale is worth without any mixing.
+    start s is 1. A control: what a scale is worth without any mixing.
     """
 
     def __init__(self, n_embd, *, dynamic=True):
@@ -176,7 +176,7 @@ class ScaledResidual(Coefficients):
 
     @torch.no_grad()
     def observe(self, streams):
-        """As HyperConnection.observe: everything is read and written, and s of it is kept."""
+        """As HyperConnection.observe, with a and w 1 and M = s: a matrix of one stream."""
         one = torch.ones(streams.x.shape[:3], device=streams.x.device)  # (B, T, 1)
         (scale,) = self.coefficients(streams)
         return one, one, scale[..., None, None] * one[..., None]
