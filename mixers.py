@@ -6,27 +6,30 @@ Mixers: K logits -> the n x n matrix M that mixes the n residual streams.
 
 The contract, `class Mixer`, comes first. Then each mixer has a section of its own: the map, its
 inverse, its start, and its entry in `MIXERS`. The model, the tests, the benchmark and the studies
-walk that registry, so a new mixer is one section here (and its oracle in tests/oracle.py).
+walk that registry, so a new mixer is one section here (and its oracle in tests/oracle.py). Three
+families of maps are long, and have files of their own: sinkhorn.py, permutations.py and charts.py.
 
-Inside a mixer, M is a list of n rows, and a row is a list of n *planes*. A plane is a tensor of the
-shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a straight line
-of pointwise operations on planes, which torch.compile fuses into one kernel. For more than
-FEW_STREAMS this line gets too long, and a mixer may have another form: one tensor of all planes.
+Inside a mixer, M is a list of n rows, and a row is a list of n *planes* (planes.py). A plane is a
+tensor of the shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a
+straight line of pointwise operations on planes, which torch.compile fuses into one kernel. For more
+than FEW_STREAMS this line gets too long, and a mixer may have another form: one tensor that stacks
+the planes.
 
 Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732, KromHC 2601.21579, TBP and RTBP
 2605.21724, identity mixing 2607.28611.
 """
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
 
 import charts
+import permutations
+import sinkhorn
+from planes import in_rows, softmax, transpose, transpose_planes
 
 FEW_STREAMS = 4  # up to this many, coefficients are lists of planes; for more they are tensors
 
@@ -269,7 +272,8 @@ def start_logits(name, n, eps, **options):
 def identity(planes, n):
     """M = I: the streams meet only in reads and writes (iHC, 2607.28611).
 
-    Returns no rows: HyperConnection then skips the mix."""
+    Returns no rows: HyperConnection then skips the mix.
+    """
     return []
 
 
@@ -322,11 +326,6 @@ MIXERS["hc"] = Mixer(
 )
 
 
-def in_rows(planes, n):
-    """n^2 planes, row by row -> n rows of n planes."""
-    return [list(planes[i * n : i * n + n]) for i in range(n)]
-
-
 # ---- rows, columns, orthogonal: half of the constraint, or another one ---------------------------
 # Controls for the question of what double stochasticity costs, and what it buys.
 
@@ -350,6 +349,7 @@ def column_softmax_stacked(logits, n):
 
 
 def log_inverse(M, n):
+    """The softmax of a line's logarithms is the line again, where it sums to 1."""
     return M.log().flatten(-2)
 
 
@@ -357,7 +357,8 @@ def orthogonal(planes, n):
     """A product of rotations, one for each pair of streams i < j; a logit is the angle of one.
 
     M is orthogonal, and its entries have signs: no signal grows or shrinks, but the sums of rows
-    and columns are free."""
+    and columns are free.
+    """
     one, zero = torch.ones_like(planes[0]), torch.zeros_like(planes[0])
     M = [[one if i == j else zero for j in range(n)] for i in range(n)]
     for angle, (i, j) in zip(planes, itertools.combinations(range(n), 2)):
@@ -395,122 +396,13 @@ MIXERS["orthogonal"] = Mixer(
 )
 
 
-def softmax(planes):
-    """Softmax over a list of planes -> a list of planes."""
-    highest = reduce(torch.maximum, planes)
-    weights = [(plane - highest).exp() for plane in planes]
-    total = sum(weights).clamp(min=1e-30)
-    return [weight / total for weight in weights]
-
-
-def transpose(M):
-    return [list(column) for column in zip(*M)]
-
-
-def transpose_planes(planes, n):
-    """n^2 planes, row by row -> the same, column by column."""
-    return [plane for j in range(n) for plane in planes[j::n]]
-
-
 # ---- sinkhorn ------------------------------------------------------------------------------------
-
-
-def sinkhorn(planes, n, *, sinkhorn_rounds=20):
-    """Sinkhorn-Knopp of exp(logits) (mHC, 2512.24880, eq. 9).
-
-    A round divides every column by its sum, then every row. Rows come last, so their sums are 1 to
-    rounding: the mix sums over rows. Column sums are 1 only in the limit of many rounds.
-    """
-    return in_rows(_Sinkhorn.apply(n, sinkhorn_rounds, *planes), n)
-
-
-def sinkhorn_stacked(logits, n, *, sinkhorn_rounds=20):
-    """The first round is taken in logarithms, where no row can underflow to 0."""
-    log_M = logits.unflatten(0, (n, n)).log_softmax(0)
-    M = log_M.softmax(1)
-    for _ in range(sinkhorn_rounds - 1):
-        M = M / M.sum(0).clamp(min=1e-30)
-        M = M / M.sum(1, keepdim=True).clamp(min=1e-30)
-    return M
-
-
-class _Sinkhorn(torch.autograd.Function):
-    """Sinkhorn with a backward written by hand. With autograd's backward, a layer of the model took
-    195 launches in the graph for an H100; with this one and larger kernels it takes 73 (LOG.md).
-
-    A half round divides each line by its sum. Let M be the matrix after the half round, and g the
-    gradient of log M there. Then the gradient before the half round is g - M * sum(g), line by
-    line. The backward runs the rounds again and keeps only the divisors. Then it undoes one half
-    round after the other: it multiplies M by the divisors.
-
-    The divisors are stacked, so that Inductor stores them and makes two kernels, one that runs the
-    rounds and one that undoes them. A single kernel would hold hundreds of planes and spill a
-    GPU's registers.
-    """
-
-    @staticmethod
-    def forward(ctx, n, rounds, *logits):
-        ctx.n, ctx.rounds = n, rounds
-        ctx.save_for_backward(*logits)
-        M, _ = _sinkhorn_rounds(logits, n, rounds)
-        return tuple(M)
-
-    @staticmethod
-    def backward(ctx, *grad_M):
-        n = ctx.n
-        M, divisors = _sinkhorn_rounds(ctx.saved_tensors, n, ctx.rounds)
-        stored = torch.stack([*divisors, *grad_M]).unbind(0)
-        divisors, grad_M = stored[: -n * n], stored[-n * n :]
-        g = [grad * m for grad, m in zip(grad_M, M)]  # the gradient of log M
-        g = _sinkhorn_undo(g, M, n)
-        for first in range(len(divisors) - n, -1, -n):  # of the n divisors of a half round
-            M = [m * divisors[first + k // n] for k, m in enumerate(M)]
-            M = transpose_planes(M, n)
-            g = _sinkhorn_undo(transpose_planes(g, n), M, n)
-        return None, None, *transpose_planes(g, n)
-
-
-def _sinkhorn_rounds(logits, n, rounds):
-    """-> M after all rounds, as n^2 planes row by row, and the divisors, n for each half round
-    except the first. A line is a column in the first half round, a row in the second, and so on.
-
-    The first round is taken in logarithms, where no row can underflow to 0.
-    """
-    highest = [reduce(torch.maximum, logits[j::n]) for j in range(n)]
-    log_sums = []
-    for j in range(n):
-        column = logits[j::n]
-        log_sums.append(highest[j] + sum((x - highest[j]).exp() for x in column).log())
-    log_M = [x - log_sums[k % n] for k, x in enumerate(logits)]
-
-    highest = [reduce(torch.maximum, row) for row in in_rows(log_M, n)]
-    M = [(x - highest[k // n]).exp() for k, x in enumerate(log_M)]
-    M, sums = _sinkhorn_divide(M, n)
-    divisors = [total * peak.exp() for total, peak in zip(sums, highest)]
-
-    for _ in range(2 * (rounds - 1)):
-        M, sums = _sinkhorn_divide(transpose_planes(M, n), n)
-        divisors += sums
-    return M, divisors
-
-
-def _sinkhorn_divide(M, n):
-    """Divide every line of n planes by its sum -> the new planes, the n sums."""
-    sums = [sum(line).clamp(min=1e-30) for line in in_rows(M, n)]
-    return [m / sums[k // n] for k, m in enumerate(M)], sums
-
-
-def _sinkhorn_undo(g, M, n):
-    """The gradient of log M after a half round -> the one before it."""
-    sums = [sum(line) for line in in_rows(g, n)]
-    return [grad - m * sums[k // n] for k, (grad, m) in enumerate(zip(g, M))]
-
 
 MIXERS["sinkhorn"] = Mixer(
     n_logits=lambda n: n * n,
-    map=sinkhorn,
-    map_stacked=sinkhorn_stacked,
-    inverse=lambda M, n, sinkhorn_rounds=20: log_inverse(M, n),
+    map=sinkhorn.sinkhorn,
+    map_stacked=sinkhorn.sinkhorn_stacked,
+    inverse=sinkhorn.inverse,
     options={
         "sinkhorn_rounds": Option(
             default=20,
@@ -523,165 +415,21 @@ MIXERS["sinkhorn"] = Mixer(
 )
 
 
-# ---- permutation ---------------------------------------------------------------------------------
-
-
-def permutation(planes, n):
-    """sum_k softmax(logits)_k P_k over all n! permutations P_k in lexicographic order (mHC-lite,
-    2601.05732)."""
-    weights = softmax(planes)
-    shares = [[[] for _ in range(n)] for _ in range(n)]  # the weights that add up to each entry
-    for weight, permuted in zip(weights, itertools.permutations(range(n))):
-        for i, j in enumerate(permuted):
-            shares[i][j].append(weight)
-    return [[sum(entry).clamp(max=1) for entry in row] for row in shares]
-
-
-def permutation_inverse(M, n):
-    """Birkhoff's theorem, greedily: first as much of the uniform matrix as M holds, then, until
-    nothing is left, the permutation of which the rest of M holds most."""
-    permutations = torch.tensor(list(itertools.permutations(range(n))))  # (n!, n)
-    line = torch.arange(n)
-    logits = []
-    for matrix in M.reshape(-1, n, n):
-        uniform = n * matrix.min()
-        weights = M.new_full((len(permutations),), uniform / len(permutations))
-        rest = matrix - uniform / n
-        while True:
-            held = rest[line, permutations].amin(-1)  # (n!,) how much of each is left
-            if not held.max() > 1e-15:
-                break
-            k = held.argmax()
-            weights[k] += held[k]
-            rest[line, permutations[k]] -= held[k]
-        logits.append(weights.log())
-    return torch.stack(logits).reshape(*M.shape[:-2], -1)
-
-
-def permutation_start(n, eps):
-    """The identity, which is the first permutation, gets 1 - eps; all permutations share eps."""
-    weights = torch.full((math.factorial(n),), eps / math.factorial(n), dtype=torch.float64)
-    weights[0] += 1 - eps
-    return weights.log()
-
-
-def n_permutations(n):
-    if math.factorial(n) > 5040:
-        raise ValueError(
-            f"a mixture of permutations of {n} streams needs {n}! logits; the most is 7! = 5040. "
-            "tbp and rtbp reach every doubly stochastic matrix with (n-1)^2"
-        )
-    return math.factorial(n)
-
-
-def permutation_stacked(logits, n):
-    # torch.softmax over 5040 strided logits is off by 4e-6 on a CPU; exp and sum are not.
-    weights = (logits - logits.amax(0)).exp()
-    return marginals(weights / weights.sum(0), n).clamp(max=1)
-
-
-def marginals(weights, n):
-    """sum_k weights_k P_k: (n!, ...) -> (n, n, ...).
-
-    In lexicographic order, the first (n-1)! permutations have the 1 of row 0 in column 0, the next
-    (n-1)! have it in column 1, and so on. Without row 0 and that column, each of these groups is a
-    smaller sum of the same kind.
-    """
-    if n == 1:
-        return weights[None]
-    weights = weights.unflatten(0, (n, -1))  # (n, (n-1)!, ...)
-    # smaller[:, :, k] is the sum whose permutations have the 1 of row 0 in column k.
-    smaller = marginals(weights.transpose(0, 1), n - 1)  # (n-1, n-1, n, ...)
-    below = []  # column j of the rows below row 0
-    for j in range(n):
-        before = smaller[:, j - 1, :j].sum(1)  # k < j: column j is column j - 1 there
-        after = smaller[:, min(j, n - 2), j + 1 :].sum(1)  # k > j: column j is column j
-        below.append(before + after)  # for j = 0 `before` is an empty sum, for n - 1 `after` is
-    return torch.cat([weights.sum(1)[None], torch.stack(below, 1)])
-
+# ---- permutation and kronecker -------------------------------------------------------------------
 
 MIXERS["permutation"] = Mixer(
-    n_logits=n_permutations,
-    map=permutation,
-    map_stacked=permutation_stacked,
-    inverse=permutation_inverse,
-    start=permutation_start,
+    n_logits=permutations.n_permutations,
+    map=permutations.permutation,
+    map_stacked=permutations.permutation_stacked,
+    inverse=permutations.permutation_inverse,
+    start=permutations.permutation_start,
 )
-
-
-# ---- kronecker -----------------------------------------------------------------------------------
-
-
-def kronecker(planes, n):
-    """U_K (x) ... (x) U_1 over the prime factors of n in rising order, each U a mixture of
-    permutations (KromHC, 2601.21579). The last factor is the outermost, as in numpy.kron(U, M)."""
-    M = None
-    for p in prime_factors(n):
-        own, planes = planes[: math.factorial(p)], planes[math.factorial(p) :]
-        U = permutation(own, p)
-        if M is None:
-            M = U
-        else:
-            M = [[u * m for u in u_row for m in m_row] for u_row in U for m_row in M]
-    return M
-
-
-def kronecker_stacked(logits, n):
-    M = torch.ones_like(logits[:1])[None]  # (1, 1, ...)
-    for p in prime_factors(n):
-        own, logits = logits[: math.factorial(p)], logits[math.factorial(p) :]
-        U = permutation_stacked(own, p)
-        M = (U[:, None, :, None] * M[None, :, None]).flatten(2, 3).flatten(0, 1)
-    return M
-
-
-def kronecker_inverse(M, n):
-    """The sum of M over the indices of all other factors is a multiple of one factor, since the
-    other factors are doubly stochastic."""
-    rest, size, logits = M, n, []
-    product = torch.ones_like(M[..., :1, :1])
-    for p in prime_factors(n):
-        size //= p
-        blocks = rest.unflatten(-1, (size, p)).unflatten(-3, (size, p))  # (..., size, p, size, p)
-        U, rest = blocks.sum((-4, -2)) / size, blocks.sum((-3, -1)) / p
-        logits.append(permutation_inverse(U, p))
-        product = U[..., :, None, :, None] * product[..., None, :, None, :]
-        product = product.flatten(-4, -3).flatten(-2, -1)
-    error = (product - M).abs().max()
-    if error > 1e-5:
-        raise ValueError(
-            f"M is no Kronecker product of {prime_factors(n)} (off by {error:.3g}): kronecker "
-            "does not reach every doubly stochastic matrix; tbp and rtbp do"
-        )
-    return torch.cat(logits, -1)
-
-
-def kronecker_start(n, eps):
-    """The blend is no Kronecker product. The start is the product of smaller blends, one for each
-    prime. Their common eps, found by bisection, gives the product the diagonal of the blend."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        diagonal = math.prod(1 - middle + middle / p for p in prime_factors(n))
-        if diagonal > 1 - eps + eps / n:
-            low = middle
-        else:
-            high = middle
-    return torch.cat([permutation_start(p, low) for p in prime_factors(n)])
-
-
-def prime_factors(n):
-    """In rising order: 12 -> [2, 2, 3]."""
-    p = next((p for p in range(2, math.isqrt(n) + 1) if n % p == 0), n)
-    return [p] + (prime_factors(n // p) if n > p else [])
-
-
 MIXERS["kronecker"] = Mixer(
-    n_logits=lambda n: sum(n_permutations(p) for p in prime_factors(n)),
-    map=kronecker,
-    map_stacked=kronecker_stacked,
-    inverse=kronecker_inverse,
-    start=kronecker_start,
+    n_logits=permutations.n_kronecker_logits,
+    map=permutations.kronecker,
+    map_stacked=permutations.kronecker_stacked,
+    inverse=permutations.kronecker_inverse,
+    start=permutations.kronecker_start,
     starts_at_blend=False,
 )
 
@@ -694,7 +442,6 @@ MIXERS["tbp"] = Mixer(
     map_stacked=charts.tbp_stacked,
     inverse=lambda M, n: charts.inverse(charts.tbp_chart, M, n),
 )
-
 MIXERS["rtbp"] = Mixer(
     n_logits=lambda n: (n - 1) ** 2,
     map=charts.rtbp,
@@ -704,6 +451,4 @@ MIXERS["rtbp"] = Mixer(
 
 
 # Every option of every mixer, for the scripts' knobs.
-OPTIONS: dict[str, Option] = {}
-for _mixer in MIXERS.values():
-    OPTIONS |= _mixer.options
+OPTIONS = {name: option for mixer in MIXERS.values() for name, option in mixer.options.items()}

@@ -1,0 +1,33 @@
+"""
+Arithmetic on planes, from which mixers are made.
+
+A plane is a tensor of the shape of one logit: (B, T) in the model, one number of each token. A
+matrix is a list of n rows, each a list of n planes, or one list of n^2 planes, row by row.
+"""
+
+from functools import reduce
+
+import torch
+
+
+def in_rows(planes, n):
+    """n^2 planes, row by row -> n rows of n planes."""
+    return [list(planes[i * n : i * n + n]) for i in range(n)]
+
+
+def softmax(planes):
+    """Softmax over a list of planes -> a list of planes."""
+    highest = reduce(torch.maximum, planes)
+    weights = [(plane - highest).exp() for plane in planes]
+    total = sum(weights).clamp(min=1e-30)
+    return [weight / total for weight in weights]
+
+
+def transpose(M):
+    """n rows of n planes -> its n columns."""
+    return [list(column) for column in zip(*M)]
+
+
+def transpose_planes(planes, n):
+    """n^2 planes, row by row -> the same, column by column."""
+    return [plane for j in range(n) for plane in planes[j::n]]
