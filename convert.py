@@ -223,7 +223,8 @@ def is_plain(config):
     """Whether the model is GPT-2's: it has one stream, and every knob is at its default, except for
     sizes and for knobs that have no effect on one stream."""
     own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_mlp", "dropout", "bias")
-    no_effect = ("mixer", "n_streams", "dynamic", "mix_start", "read_start", "stream_dtype")
+    no_effect = ("mixer", "n_streams", "dynamic", "stream_dtype")
+    no_effect += ("mix_start", "alpha_start", "read_start")
     usual = asdict(GPTConfig())
     others = [name for name in usual if name not in own + no_effect]
     return find_mixer(config.mixer).one_stream and all(

@@ -52,6 +52,7 @@ class GPTConfig:
     wraps: str = "sublayer"  # a hyper-connection around each sublayer, or each whole block
     mix_scale: str = "none"  # a learned factor of M: none, one a sublayer, one a stream
     mix_start: float = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T, if the mixer has it
+    alpha_start: float = 0.01  # of the alphas, so small that the token counts for little at first
     read_start: float = 0.7  # weight of the stream that a sublayer reads most, at the start
     embed_scale: float = 1.0  # a factor of the embedding on its way into the streams
     stream_start: str = "equal"  # equal copies, or learned: plus a vector a stream, 0 at the start
@@ -66,6 +67,11 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.embed_scale > 0:
             raise ValueError(f"embed_scale must be above 0, not {self.embed_scale}")
+        if not self.alpha_start > 0:
+            raise ValueError(
+                f"alpha_start must be above 0, not {self.alpha_start}: phi starts at 0, and with "
+                "alpha at 0 neither gets a gradient"
+            )
         if self.n_mlp < 0:
             raise ValueError(f"n_mlp must be at least 0, not {self.n_mlp}; 0 means 4 * n_embd")
         if self.n_embd % self.n_head:
@@ -116,13 +122,14 @@ def make_connection(config, sublayer, last=False):
     if find_mixer(config.mixer).one_stream:
         if config.mix_scale == "none":
             return Residual()
-        return ScaledResidual(config.n_embd, dynamic=config.dynamic)
+        return ScaledResidual(config.n_embd, dynamic=config.dynamic, alpha_start=config.alpha_start)
     return HyperConnection(
         config.mixer,
         config.n_streams,
         config.n_embd,
         sublayer=sublayer,
         dynamic=config.dynamic,
+        alpha_start=config.alpha_start,
         mix_start=config.mix_start,
         read_start=config.read_start,
         gates=config.gates,
@@ -256,7 +263,12 @@ class Head(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.read_out = None
         if config.readout == "learned" and config.sees == "streams":
-            self.read_out = ReadOut(config.n_streams, config.n_embd, dynamic=config.dynamic)
+            self.read_out = ReadOut(
+                config.n_streams,
+                config.n_embd,
+                dynamic=config.dynamic,
+                alpha_start=config.alpha_start,
+            )
 
     def read(self, streams):
         """-> (B, T, C): the mean of the streams, a learned sum, or what was read ahead."""

@@ -104,9 +104,10 @@ class Coefficients(nn.Module):
     list.
     """
 
-    def __init__(self, sizes, squashed, n_streams, n_seen, dynamic):
+    def __init__(self, sizes, squashed, n_streams, n_seen, dynamic, alpha_start):
         super().__init__()
         self.sizes, self.squashed, self.dynamic = sizes, squashed, dynamic
+        self.alpha_start = alpha_start
         self.stacked = n_streams > FEW_STREAMS
         self.bias = nn.Parameter(torch.empty(sum(sizes)))
         if dynamic:
@@ -118,7 +119,7 @@ class Coefficients(nn.Module):
         self.bias.copy_(self.start_bias())
         if self.dynamic:
             self.phi.zero_()
-            self.alpha.fill_(0.01)
+            self.alpha.fill_(self.alpha_start)
 
     def coefficients(self, streams):
         """-> what `coefficients_of` returns: planes (B, T) in float32, or (1, 1) if static.
@@ -158,8 +159,8 @@ class ScaledResidual(Coefficients):
     start s is 1. A control: what a scale is worth without any mixing.
     """
 
-    def __init__(self, n_embd, *, dynamic=True):
-        super().__init__((1,), (False,), 1, n_embd, dynamic)
+    def __init__(self, n_embd, *, dynamic=True, alpha_start=0.01):
+        super().__init__((1,), (False,), 1, n_embd, dynamic, alpha_start)
         self.reset_parameters()
 
     def start_bias(self):
@@ -200,6 +201,7 @@ class HyperConnection(Coefficients):
 
     sublayer    its index in the model. Stream sublayer % n is read most, with weight `read_start`:
                 different sublayers read different streams, which drives equal streams apart.
+    alpha_start the three alphas at the start: how much the token counts at first
     mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T
     gates       "bounded", as above; "exp": w = exp(logit), without an upper bound; "free": a and w
                 are b + alpha * tanh(z); "auto": free for an unbounded mixer, else bounded
@@ -223,6 +225,7 @@ class HyperConnection(Coefficients):
         *,
         sublayer=0,
         dynamic=True,
+        alpha_start=0.01,
         mix_start=0.01,
         read_start=0.7,
         gates="auto",
@@ -247,7 +250,7 @@ class HyperConnection(Coefficients):
         sizes = (n_streams, n_streams, K + n_scales)  # read, write, mix
         squashed = (gates == "free", gates == "free", squash_mix)
         n_seen = n_streams * n_embd if sees == "streams" else n_embd
-        super().__init__(sizes, squashed, n_streams, n_seen, dynamic)
+        super().__init__(sizes, squashed, n_streams, n_seen, dynamic, alpha_start)
 
         self.mixer, self.n_streams, self.options = mixer, n_streams, options
         self.read_ahead = sees == "input"
@@ -372,8 +375,9 @@ class ReadOut(Coefficients):
     effect on the loss: a doubly stochastic M leaves the mean of the streams as it is.
     """
 
-    def __init__(self, n_streams, n_embd, *, dynamic=True):
-        super().__init__((n_streams,), (False,), n_streams, n_streams * n_embd, dynamic)
+    def __init__(self, n_streams, n_embd, *, dynamic=True, alpha_start=0.01):
+        n_seen = n_streams * n_embd
+        super().__init__((n_streams,), (False,), n_streams, n_seen, dynamic, alpha_start)
         self.reset_parameters()
 
     def start_bias(self):

@@ -78,6 +78,7 @@ mix_scale = "none"  # a learned factor of M, 1 at the start: none, one a sublaye
 sees = "streams"  # what coefficients depend on: all streams, or only the branch's input
 wraps = "sublayer"  # a hyper-connection around each sublayer, or each whole block
 mix_start = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T
+alpha_start = 0.01  # of the alphas, so small that the token counts for little at first
 read_start = 0.7  # weight of the stream that a sublayer reads most, at the start
 embed_scale = 1.0  # a factor of the embedding on its way into the streams
 stream_start = "equal"  # streams start as equal copies, or learned: plus a vector a stream

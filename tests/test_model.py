@@ -325,6 +325,7 @@ def test_counts_and_flops():
         (dict(dropout=1.0), "dropout must be in"),
         (dict(mixer="permutation", n_streams=9), "9! logits"),
         (dict(mix_start=0.0), "mix_start must lie between 0 and 1, not 0.0"),
+        (dict(alpha_start=0.0), "alpha_start must be above 0, not 0.0"),
         (dict(embed_scale=0.0), "embed_scale must be above 0, not 0.0"),
         (dict(sees="input"), "readout must be 'learned', not 'mean'"),
         (dict(sees="u"), "sees must be one of streams, input, not 'u'"),

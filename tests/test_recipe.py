@@ -235,6 +235,24 @@ def test_each_sublayer_favours_the_next_stream_at_the_start(mixer):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"readout": "learned"},
+        {"sees": "input", "readout": "learned"},
+        {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"},
+    ],
+)
+def test_alpha_start_is_where_every_alpha_starts(knobs):
+    sizes = {"block_size": 8, "vocab_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8}
+    model = GPT(GPTConfig(**sizes, alpha_start=0.2, **knobs))
+    alphas = [p for name, p in model.named_parameters() if name.endswith("alpha")]
+    assert len(alphas) == 4 + (knobs == {"readout": "learned"})
+    assert all((alpha == 0.2).all() for alpha in alphas)
+
+
+@pytest.mark.quick
 def test_every_parameter_starts_as_gpt2_s():
     """And what is a hyper-connection's own: phi 0, alpha 0.01."""
     torch.manual_seed(0)

@@ -329,7 +329,7 @@ def test_every_knob_that_a_resumed_run_may_change_has_its_effect(tiny, tmp_path)
     for group in changed["optimizer"]["param_groups"]:
         assert group["weight_decay"] == 0 and group["betas"] == (0.8, 0.99)
     assert not same_weights(same, changed)
-    for start_only in ("--mix_start=0.5", "--read_start=0.5"):
+    for start_only in ("--mix_start=0.5", "--alpha_start=0.1", "--read_start=0.5"):
         assert "the checkpoint is of another run" in run(*other, *changes, start_only, ok=False)
 
 

@@ -1,0 +1,24 @@
+# Stability: rates up to eight times the best one, deep and thin: 24 layers of 64 channels.
+# python prepare_data.py && python study.py config/studies/stability.py --jobs=2
+# --n_layer=48 --name=stability-48 and --n_layer=4 --name=stability-4 for other depths.
+question = "Does the free M break where exact ones hold: at high rates, and with depth?"
+decision = """\
+For each mixer and rate: how many seeds diverged (losses or gradients that are not finite until
+train.py gives up), the largest composite gain and the largest norm of a gradient. Exact mixers are
+more stable if hc diverges in more runs than tbp over all rates and depths by Fisher's exact test at
+5 %, or if hc's last loss rises above residual's at a rate where tbp's does not (95 % interval of
+the paired difference). If nothing diverges, the table says up to which rate and depth."""
+references = ["residual", "tbp"]
+
+files = ["config/laptop.py", "config/deep.py"]
+seeds = 3
+sweep = {"learning_rate": [16e-3, 8e-3, 4e-3, 2e-3]}
+arms = {
+    "hc": {"mixer": "hc"},
+    "tbp": {"mixer": "tbp"},
+    "residual": {"mixer": "residual", "n_streams": 1},
+    "tbp_scale": {"mixer": "tbp", "mix_scale": "sublayer"},
+    "orthogonal": {"mixer": "orthogonal"},
+    "sinkhorn": {"mixer": "sinkhorn"},
+    "identity": {"mixer": "identity"},
+}

@@ -1,0 +1,26 @@
+# Where mixing matters: the number of streams, the token, both ends, deep and thin.
+# python prepare_data.py && python study.py config/studies/where.py --jobs=2
+# --n_layer=48 --name=where-48 for twice the depth, --n_layer=4 --n_head=4 --n_embd=128
+# --name=where-shallow for a shallow model. What M is worth by layer: analyze.py of any run.
+question = "What does an exact mixer's gain come from: streams, tokens, or the two ends?"
+decision = """\
+An arm differs from tbp if the 95 % interval of the paired difference leaves out 0. More streams
+help if n_8 is below tbp; the token matters if static is above it; the ends matter if ends is below
+it. tbp earns what identity does not if the interval of their difference leaves out 0. The answer
+holds for a depth, and is given for 24 layers, for 48 and for 4."""
+references = ["residual", "tbp", "identity"]
+
+files = ["config/laptop.py", "config/deep.py"]
+seeds = 5
+arms = {
+    "residual": {"mixer": "residual", "n_streams": 1},
+    "tbp": {"mixer": "tbp"},
+    "identity": {"mixer": "identity"},
+    "static": {"mixer": "tbp", "dynamic": False},
+    "identity_static": {"mixer": "identity", "dynamic": False},
+    "ends": {"mixer": "tbp", "readout": "learned", "stream_start": "learned"},
+    "read_out": {"mixer": "tbp", "readout": "learned"},
+    "n_2": {"mixer": "tbp", "n_streams": 2},
+    "n_8": {"mixer": "tbp", "n_streams": 8},
+    "n_16": {"mixer": "tbp", "n_streams": 16},
+}
