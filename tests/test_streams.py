@@ -301,3 +301,30 @@ def test_a_new_mixer_is_a_function_and_an_entry(monkeypatch):
     hc = HyperConnection("shrink", 3, 8, dynamic=False, mix_start=0.05)
     M = hc.observe(start_streams(torch.zeros(1, 1, 8), 3))[2]
     assert torch.allclose(M, 0.95 * torch.eye(3) + 0.05 / 3)
+
+
+@pytest.mark.quick
+def test_a_scale_times_an_exact_matrix_is_that_matrix_with_other_writes():
+    """x' = s M x + w v divided by the product S of all s so far is x' = M x + (w / S) v, whose
+    composite gain is 1. Coefficients and branches see no factor of the streams, so both chains
+    compute the same, and what s can do, an exact mixer with free writes can do."""
+    torch.manual_seed(0)
+    chain = [HyperConnection("tbp", 3, 6, sublayer=i, mix_scale="sublayer") for i in range(4)]
+    chain = [noisy(hc, seed=i) for i, hc in enumerate(chain)]
+    weight = torch.randn(6, 6, dtype=torch.float64)
+
+    def branch(u):
+        return F.layer_norm(u, (6,), eps=0) @ weight
+
+    x = 100 * torch.randn(2, 5, 3, 6, dtype=torch.float64)  # the 1e-6 in RMSNorm is nothing here
+    scaled, exact, S = Streams(x, None), x, 1.0
+    for hc in chain:
+        a, w, M = plain_coefficients(hc, exact)
+        s = M.sum(-1)[..., :1]  # (B, T, 1), since the rows of the exact matrix sum to 1
+        S = S * s
+        v = branch(torch.einsum("btj,btjc->btc", a, exact))
+        exact = torch.einsum("btij,btjc->btic", M / s[..., None], exact)
+        exact = exact + (w / S)[..., None] * v[:, :, None]
+        scaled = hc(scaled, branch)
+    assert S.min() < 0.7 and S.max() > 1.5
+    torch.testing.assert_close(scaled.x, S[..., None] * exact, rtol=1e-8, atol=1e-8)
