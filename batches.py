@@ -84,8 +84,8 @@ def open_splits(folder, block_size, batch_size, eval_tokens, seed, pin_memory=Fa
 def evaluation_batches(blocks, tokens, batch_size):
     """-> how many batches an evaluation of so many tokens reads, and the sequences in each.
 
-    Of a split that has fewer tokens these are all whole batches; a split of less than a batch is
-    one, smaller batch.
+    A split that has fewer tokens is read in as many whole batches as it has. A split that is
+    smaller than a batch is read as one, smaller batch.
     """
     sequences = min(batch_size, blocks.n_blocks)
     wanted = tokens // (sequences * blocks.block_size)

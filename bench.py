@@ -20,9 +20,10 @@ and `mixers` says which mixers run. `out` gets every row as soon as it is measur
 
 Compile time, memory and kernels come from fresh processes:
 compile_s           seconds of the first forward and backward, with an empty compiler cache
-compile_cpu_s       processor seconds of the same, without those of workers that torch keeps (CUDA)
+compile_cpu_s       processor seconds of the same; on CUDA without torch's compile workers
 compile_warm_s      seconds in another process, with the cache that the first one left
-peak_memory_bytes   parameters, optimizer state, gradients and activations at a later step's worst
+peak_memory_bytes   parameters, optimizer state, gradients and activations at the worst moment of a
+                    later step
 kernels_forward     launches of kernels that Inductor generated (not matmuls, not attention) in the
 kernels_backward    compiled graphs, in which a block and the head stand once at any depth
 recompiles          graphs compiled after the first step, which should be none
@@ -50,7 +51,7 @@ from dev import costs
 from dev.plain_gpt2 import PlainGPT2
 from dev.table import print_table, shown
 from mixers import MIXERS, OPTIONS, n_logits
-from model import GPT, GPTConfig
+from model import GPT, OF_STREAMS, GPTConfig
 
 # What to measure
 mixers = "all"  # names of mixers.MIXERS with commas between, or all; plain and residual always run
@@ -90,9 +91,8 @@ budgets = ""  # instead of that budget several, such as 1.0,0.5,0.0: rows for ea
 config = configure(globals(), config_of="train.py", extra=OPTIONS)
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-PLAIN, RESIDUAL = "plain", "residual"  # the yardsticks
-# The yardsticks have one stream, and these knobs at their defaults.
-OF_STREAMS = ("gates", "sees", "wraps", "mix_scale", "stream_start", "readout")
+PLAIN, RESIDUAL = "plain", "residual"  # the yardsticks, with one stream
+NOT_OF_YARDSTICKS = (*OF_STREAMS, "mix_scale")  # knobs that stay at their defaults there
 
 # Titles of the table's columns, and the fields that stand there
 COLUMNS = {
@@ -135,7 +135,8 @@ class Case(NamedTuple):
     activation_memory_budget: float
     deterministic: bool
 
-    def cache(self, folder):  # the compiler's, in `folder`
+    def cache(self, folder):
+        """The path in `folder` of this case's own compiler cache."""
         return os.path.join(folder, "-".join(map(str, self)))
 
 
@@ -186,14 +187,16 @@ def chosen_mixers():
     return [name for name in names if name != RESIDUAL]
 
 
-def is_defined(mixer, n):
-    """Whether there is such a mixer for n streams; says so where there is not."""
-    try:
-        n_logits(mixer, n)
-        return True
-    except ValueError as error:
-        print(f"{mixer} is left out: {error}", flush=True)
-        return False
+def defined_for(n, names):
+    """Those of the mixers `names` that are defined for n streams; prints which are left out."""
+    defined = []
+    for name in names:
+        try:
+            n_logits(name, n)
+            defined.append(name)
+        except ValueError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return defined
 
 
 def make_groups():
@@ -209,7 +212,7 @@ def make_groups():
     flags = [deterministic, not deterministic] if both_deterministic else [deterministic]
     groups = []
     for n in numbers("sweep_streams", n_streams, int, "2,4,8"):
-        defined = [name for name in names if is_defined(name, n)]
+        defined = defined_for(n, names)
         if names and not defined:
             raise ValueError(f"none of {mixers!r} is defined for {n} streams; change --n_streams")
         for level in levels:
@@ -226,14 +229,14 @@ def gpt_config(case):
     name = RESIDUAL if case.mixer == PLAIN else case.mixer
     knobs = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
     if MIXERS[name].one_stream:
-        knobs = {key: value for key, value in knobs.items() if key not in OF_STREAMS}
+        knobs = {key: value for key, value in knobs.items() if key not in NOT_OF_YARDSTICKS}
     knobs |= {"mixer": name, "n_streams": case.n_streams}
     knobs["options"] = {key: config[key] for key in MIXERS[name].options}
     return GPTConfig(**knobs)
 
 
 def facts(case):
-    """What a row says before anything was measured."""
+    """The fields of a row that need no measurement."""
     model, yardstick = GPT(gpt_config(case)), GPT(gpt_config(residual_of(case)))
     _, connection, _ = model.blocks[0].connections()[0]
     return {
@@ -330,7 +333,8 @@ def take_turns(group, caches):
 
     Compiles and warms up each of them first, with what fresh processes left in `caches`.
     """
-    torch.compiler.reset()  # Dynamo would take graphs of another budget again: it is no guard
+    # Dynamo does not check the memory budget: it would use the graphs of another budget again.
+    torch.compiler.reset()
     # All models share the code of their blocks. Without this the second would be compiled for
     # shapes that vary, since its streams have another shape than the first's, and the ninth never.
     torch._dynamo.config.automatic_dynamic_shapes = False
@@ -353,7 +357,7 @@ def take_turns(group, caches):
 
 
 def speed(case, seconds, row):
-    """What the seconds of all cases, which took turns, say of this one."""
+    """The row fields of a case about speed. seconds: those of all cases that took turns with it."""
     own = seconds[case]
     step, tok_s = statistics.median(own), batch_size * block_size / statistics.median(own)
     residual, plain = residual_of(case), residual_of(case)._replace(mixer=PLAIN)
@@ -410,7 +414,7 @@ def main():
         new = [case for case in group if case not in rows]  # the yardsticks stand in every group
         rows |= {case: facts(case) for case in new}
         if fresh:
-            # What is compiled and kept hardly depends on `deterministic`.
+            # Compile time, memory and kernels hardly depend on `deterministic`: once is enough.
             for case in [case for case in new if case.deterministic == deterministic]:
                 found = costs.measure_afresh(probe, case, case.cache(caches.name), twice=compile)
                 rows[case] |= found

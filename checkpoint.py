@@ -76,10 +76,9 @@ def save(out_dir, state, *, keep, best):
         temporary.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
 
-    # Checkpoints later than this one are damaged, or the run would have resumed from them; they do
-    # not count.
-    whole = [there for there in checkpoints(out_dir) if there <= path]
-    for old in whole[:-keep]:
+    # A later checkpoint must be damaged, or the run would have resumed from it: it does not count.
+    up_to_this = [other for other in checkpoints(out_dir) if other <= path]
+    for old in up_to_this[:-keep]:
         old.unlink()
     return path
 
@@ -127,7 +126,7 @@ def lock(out_dir):
         raise RunError(
             f"another run is writing to {out_dir}; wait for it, or choose another --out_dir"
         ) from error
-    except (OSError, ModuleNotFoundError) as error:  # the file system's, and Windows'
+    except (OSError, ModuleNotFoundError) as error:  # a file system without locks; Windows
         print(
             f"warning: {out_dir} cannot be locked here ({getattr(error, 'strerror', error)}); "
             "see to it yourself that no other run writes there",
@@ -241,7 +240,7 @@ def model_config(path, state, config_class):
         return config_class(**state["model_config"])
     except TypeError as error:
         raise RunError(
-            f"{path}: its model is not that of this model.py ({error}). {_how_to_get_it(state)}"
+            f"{path}: its model is not that of this model.py ({error}). {_remedy(state)}"
         ) from error
 
 
@@ -261,12 +260,12 @@ def restore(path, state, model, optimizer=None):
                 group.update(own)
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(
-            f"{path}: its weights are not those of this model.py. {_how_to_get_it(state)}, or "
+            f"{path}: its weights are not those of this model.py. {_remedy(state)}, or "
             f"begin another run with --out_dir=…. {' '.join(str(error).split())}"
         ) from error
 
 
-def _how_to_get_it(state):
+def _remedy(state):
     remedy = "Check out the commit that wrote it"
     commit = state["provenance"]["commit"]
     return f"{remedy}: git checkout {commit}" if commit else remedy

@@ -1,7 +1,7 @@
 """
 torch.compile on this machine: does it work, and is its code right?
 
-    compiler.prepare(compile)                    # of the script's knob `compile`
+    compiler.prepare(compile)                    # compile: the script's knob
     with compiler.on_trial(dtype, loss_and_gradients, model, sample, autocast):
         model.compile_regions()
 
@@ -27,15 +27,15 @@ TESTED_TORCH = ("2.11", "2.12", "2.13")
 
 
 def prepare(compile):
-    """Called before anything is compiled, or, with compile = False, before all is run eagerly.
-    Raises RunError for a machine that cannot compile, if that can be seen at once.
+    """Called first, whether the script compiles (compile = True) or runs eagerly. Raises RunError
+    for a machine that cannot compile, if that can be seen at once.
 
     The compiler locks files of its cache. Where the system has no locks, filelock takes a file that
     exists for a lock that is held, and another process may have left such a file behind.
     """
     if not compile:
-        # torch makes the folder of the cache even so, and fails where it cannot. This folder
-        # exists, and nothing is written to it.
+        # Even then torch makes the folder of the compiler's cache, and fails where it cannot. So
+        # the cache is said to be in a folder that exists. Nothing is written there.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).parent)
         return
     if filelock.FileLock is filelock.SoftFileLock:
@@ -102,8 +102,8 @@ def on_trial(dtype, compute, *arguments):
             f"{', '.join(TESTED_TORCH)}"
         )
     if ranks()[0] == 0:  # on stderr, for stdout may be a file of samples or a table
-        said = f"torch {torch.__version__} is untested; compiled, it computes what eager code does"
-        print(said, file=sys.stderr, flush=True)
+        line = f"torch {torch.__version__} is untested; compiled, it computes what eager code does"
+        print(line, file=sys.stderr, flush=True)
 
 
 def loss_and_gradients(model, sample, autocast):
@@ -118,7 +118,7 @@ def loss_and_gradients(model, sample, autocast):
     loss.backward()
     found = {"loss": loss.detach()}
     for name, parameter in model.named_parameters():
-        # Without a gradient at all the optimizer would leave it as it is, as with zeros.
+        # No gradient at all counts as one of zeros.
         found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     model.zero_grad(set_to_none=True)
     model.train()

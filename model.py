@@ -33,6 +33,9 @@ from streams import (
     start_streams,
 )
 
+# Fields of GPTConfig that mean nothing for one stream.
+OF_STREAMS = ("gates", "sees", "wraps", "stream_start", "readout")
+
 
 @dataclass
 class GPTConfig:
@@ -102,10 +105,9 @@ class GPTConfig:
 
     def refuse_knobs_of_streams(self):
         """ValueError where a knob that means nothing for one stream is not at its default."""
-        of_streams = ("gates", "sees", "wraps", "stream_start", "readout")
         for knob in fields(self):
             value = getattr(self, knob.name)
-            if knob.name in of_streams and value != knob.default:
+            if knob.name in OF_STREAMS and value != knob.default:
                 raise ValueError(
                     f"{self.mixer} has one stream, so {knob.name} must be {knob.default!r}, "
                     f"not {value!r}"
@@ -252,7 +254,7 @@ class Embedding(nn.Module):
         streams = start_streams(x, self.n_streams, self.offsets, self.read_ahead)
         if not self.dynamic:
             return streams
-        # Taken here, so that all blocks get the same kind of input and share one graph.
+        # Computed here, so that all blocks get the same kind of input and share one graph.
         seen = streams.ahead[:, :, None] if self.read_ahead else streams.x
         return streams._replace(mean_square=mean_square(seen))
 
@@ -321,15 +323,15 @@ class GPT(nn.Module):
     @torch.no_grad()
     def observe(self, idx):
         """idx (B, T) -> an Observed for each hyper-connection, in order. Runs eagerly."""
-        streams, seen = self.embed(idx), []
+        streams, observed = self.embed(idx), []
         x0 = streams.x
         for layer, block in enumerate(self.blocks):
             streams = block.enter(streams, x0)
             for name, connection, branch in block.connections():
                 coefficients = connection.observe(streams)
-                seen.append(Observed(f"blocks.{layer}.{name}", streams.x, *coefficients))
+                observed.append(Observed(f"blocks.{layer}.{name}", streams.x, *coefficients))
                 streams = connection(streams, branch)
-        return seen
+        return observed
 
     def mixing_matrices(self, idx):
         """idx (B, T) -> the M (n, n) of every hyper-connection, averaged over the tokens."""
@@ -340,8 +342,10 @@ class GPT(nn.Module):
         so a deep model compiles as fast as a shallow one.
 
         The embedding stays eager: its backward adds up rows of the same token, and compiled code
-        adds them in no fixed order. activation_memory_budget: the share of what the backward needs
-        that is kept; the rest is computed again. torch has one such setting for the whole process.
+        adds them in no fixed order.
+
+        activation_memory_budget: how much of what the backward needs is kept, from 0 to 1; the rest
+        is computed again. torch has one such setting for the whole process.
         """
         torch._functorch.config.activation_memory_budget = activation_memory_budget
         options = compiler_options()

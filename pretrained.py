@@ -151,8 +151,6 @@ def start_from(source, model, meta):
     notes = load_weights(model, weights)
     if not known:
         notes.append(f"nothing tells the tokenizer of {source}: it is taken for the data set's")
-    if "n_head" not in weights.sizes:
-        notes.append(f"no file says how many heads these have: {model.config.n_head} are taken")
     return [f"weights: {source}", *notes]
 
 

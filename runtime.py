@@ -86,8 +86,8 @@ def pick_dtype(name, device, streams="auto"):
     """The torch.dtype of activations that a script's knob means.
 
     "auto" is bfloat16 on a GPU that computes with it (not one that emulates it), else float32.
-    streams: the model's stream_dtype. Raises ValueError for an unknown name, and for another dtype
-    than that of streams in bfloat16.
+    streams: the model's stream_dtype. Raises ValueError for an unknown name, and where streams are
+    in bfloat16 and activations are not.
     """
     if name not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {name!r}")
@@ -223,8 +223,9 @@ def why_not_compiled(error):
 def run_script(main, expected=(RunError, ValueError)):
     """Call main(), and end the process where it fails.
 
-    expected: errors that a user can put right. They are told in a line, as is a machine that cannot
-    compile, by one process of each machine. Anything else is raised, with its traceback.
+    expected: errors that a user can put right. Each is told in a line, by one process of each
+    machine; so is the reason why a machine cannot compile. Any other error is raised, with its
+    traceback.
     """
     try:
         main()
@@ -232,14 +233,14 @@ def run_script(main, expected=(RunError, ValueError)):
             dist.destroy_process_group()
         return
     except KeyboardInterrupt:
-        said = 130  # what a shell takes for Ctrl-C
+        status = 130  # what a shell takes for Ctrl-C
     except expected as error:
-        said = f"{type(error).__name__}: {error}"
+        status = f"{type(error).__name__}: {error}"  # sys.exit prints a text, and ends with 1
     except Exception as error:
-        said = why_not_compiled(error)
-        if not said:
+        status = why_not_compiled(error)
+        if not status:
             raise
-    sys.exit(said if ranks()[1] == 0 else 1)
+    sys.exit(status if ranks()[1] == 0 else 1)
 
 
 # ---- where a result comes from -------------------------------------------------------------------
@@ -293,9 +294,9 @@ def print0(*text):
 def init_distributed(device, patience):
     """Under torchrun, start the group of all processes; without it, do nothing.
 
-    patience: in seconds; a rank that has not come by then, or that hangs so long later, ends the
-    job. Returns a gloo group, for errors and flags, which lie in the memory of the host and not of
-    a device; None without torchrun. Raises RunError where the processes cannot meet.
+    patience: in seconds. The job ends if a rank has not come by then, or later hangs for so long.
+    Returns a gloo group, for errors and flags, which lie in the memory of the host and not of a
+    device; None without torchrun. Raises RunError where the processes cannot meet.
     """
     if "RANK" not in os.environ:
         return None

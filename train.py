@@ -17,6 +17,8 @@ The knobs below are those of GPT-2 124M with 4 TBP streams on OpenWebText; confi
 
 Which tokens a step sees depends on (seed, step) alone; dropout also on rank, number of processes
 and batch_size. With these unchanged, a killed and resumed run ends with the same bits.
+
+The times in log lines are those of steps alone: evaluating and saving are not in them.
 """
 
 import json
@@ -105,12 +107,12 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # of activations: auto (bfloat16 on a GPU that can, else float32), or a torch dtype
 compile = True  # blocks and head through torch.compile, in place
 activation_memory_budget = 1.0  # share of the backward's needs that is kept, not computed again
-deterministic = True  # cuda: algorithms whose result does not depend on timing; a CPU's never do
+deterministic = True  # cuda: algorithms whose result does not depend on timing (a CPU's never does)
 peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
-hang_minutes = 10.0  # several processes: a rank that the others wait for so long ends the run
+hang_minutes = 10.0  # several processes: the run ends when the others wait so long for a rank
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
 config = configure(globals(), arguments, extra=OPTIONS)
-# The model's knobs that nobody named are the weights'.
+# The model's knobs that the user did not name are those of the weights in init_from.
 if shape := warm_start.knobs(init_from, out_dir):
     config = resolve(Path(__file__), [*shape, *arguments], extra=OPTIONS)
     globals().update(config)
@@ -120,7 +122,7 @@ if shape := warm_start.knobs(init_from, out_dir):
 
 
 def check_knobs():
-    """Raises ValueError for what no run can have."""
+    """Raises ValueError for knobs that no run can have."""
     at_least(config, 1, "batch_size", "block_size", "total_batch_tokens", "max_bad_steps")
     at_least(config, 1, "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints")
     at_least(config, 0, "grad_clip", "weight_decay", "connection_lr", "max_iters", "warmup_iters")
@@ -204,8 +206,8 @@ class Run:
             self.replica = DistributedDataParallel(
                 model, device_ids=gpu, forward_sync_buffers=False
             )
-        # In float16 small gradients are 0 unless the loss is scaled up. Else the scaler does
-        # nothing.
+        # In float16, small gradients would be 0 if the loss were not scaled up. With another dtype
+        # the scaler does nothing.
         half = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
         if progress.scaler:
@@ -285,7 +287,7 @@ def update(run, loss, lr):
     run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
     bad = ~(loss.isfinite() & norm.isfinite())
-    # Where this is 1, a fused optimizer skips the whole update; so GradScaler tells it to.
+    # A fused optimizer skips its whole update where found_inf is 1, as GradScaler sets it.
     optimizer.found_inf = bad.float()
     optimizer.step()
     run.scaler.update()
@@ -324,20 +326,21 @@ def train(run, batches, micro_steps, val_blocks, resumed):
     batch = next(batches)
     while True:
         # Evaluate, save
-        at_end = progress.step >= max_iters
+        step = progress.step
+        at_end = step >= max_iters
         improved = missed_evaluation = False
-        if (at_end or progress.step % eval_interval == 0) and progress.evaluated != progress.step:
+        if (at_end or step % eval_interval == 0) and progress.evaluated != step:
             improved = evaluate_and_log(run, val_blocks)
-            # A run stopped just before an evaluation evaluates first after resuming, and saves a
-            # checkpoint that knows of it.
-            missed_evaluation = resumed and progress.step == first_step
-        due = improved or at_end or progress.step % checkpoint_interval == 0
-        if missed_evaluation or (due and progress.step > first_step):
+            # A run that was stopped just before an evaluation makes it now that it is resumed, and
+            # saves its checkpoint again, with the evaluation in it.
+            missed_evaluation = resumed and step == first_step
+        due = improved or at_end or step % checkpoint_interval == 0
+        if missed_evaluation or (due and step > first_step):
             on_rank_0(group, save, run, improved)
         if at_end:
             return True
-        if progress.evaluated == progress.step or due:
-            clock.restart(progress.step)  # log lines time steps alone
+        if progress.evaluated == step or due:
+            clock.restart(step)  # log lines time steps alone
 
         # Step
         lr = learning_rate_at(progress.step)

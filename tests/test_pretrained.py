@@ -457,7 +457,7 @@ def test_heads_that_no_file_tells_are_said_to_be_guessed(tmp_path):
     torch.save(gpt2_weights(vocabulary=257), tmp_path / "alone.bin")
     meta = {"tokenizer": "bytes", "vocab_size": 257}
     lines = start_from(str(tmp_path / "alone.bin"), build(vocab_size=257), meta)
-    assert f"no file says how many heads these have: {HEADS} are taken" in lines
+    assert f"nothing tells how many heads the weights have: {HEADS} are taken" in lines
 
 
 # ---- train.py ------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ Kernel launches and bytes of one transformer layer on an H100, counted on a mach
     python -m dev.h100.report --mixers=tbp --verbose        # and each pass over the streams
     python -m dev.h100.report --mixers=tbp dynamic=False n_streams=8 --json=h100.json
 
-What is counted: a training step (forward, loss, backward) of `GPT(GPTConfig(...))` under bfloat16
-autocast is compiled by torch.compile for a pretended H100, with everything but the execution. The
-Triton code that Inductor generates tells the launches, its scheduler the bytes: each buffer that a
-kernel reads or writes counts once, which is the least that it can be. A layer is the difference
-between a model with one layer more and one without, so embedding, head and loss cancel. The figure
-to quote is the ratio to the residual model, which is counted in the same way.
+What is counted: torch.compile compiles a training step (forward, loss, backward) of
+`GPT(GPTConfig(...))`, under bfloat16 autocast, for a pretended H100; nothing is executed. Launches
+are counted in the Triton code that Inductor generates, and bytes in Inductor's scheduler: each
+buffer that a kernel reads or writes counts once, the least that the kernel can move. A layer is the
+difference between a model with one layer more and a model without it, so embedding, head and loss
+cancel. The figure to quote is the ratio to the residual model, which is counted in the same way.
 
-What is not seen: time. Nor what is decided by timing on the GPU: autotuning, cuBLAS's choice of
+What is not seen: time, and all that is decided by timing on the GPU: autotuning, cuBLAS's choice of
 kernels, padding of matrix products. Registers are those of each kernel's first configuration.
 
 Words that end the command, key=value, are fields of GPTConfig or options of a mixer. A mixer is
@@ -37,12 +37,12 @@ from pathlib import Path
 import torch
 
 from mixers import OPTIONS, find_mixer
-from model import GPTConfig
+from model import OF_STREAMS, GPTConfig
 from runtime import provenance
 
 BASELINE = "residual"
 ONE_LAYER = {"n_layer": 1}  # of GPTConfig's defaults only this is changed
-OF_STREAMS = ("n_streams", "gates", "sees", "wraps", "mix_scale", "stream_start", "readout")
+NOT_OF_BASELINE = ("n_streams", "mix_scale", *OF_STREAMS)  # what the residual model does not take
 
 
 def main():
@@ -124,7 +124,7 @@ def model_config(mixer, settings):
     for key, value in settings.items():
         if key in own_options:
             config["options"][key] = value
-        elif key not in OPTIONS and not (one_stream and key in OF_STREAMS):
+        elif key not in OPTIONS and not (one_stream and key in NOT_OF_BASELINE):
             config[key] = value
     if one_stream:
         config["n_streams"] = 1
