@@ -1,4 +1,5 @@
-"""Shards that others made: fetched if they are public, checked, and described by a meta.json.
+"""
+Shards that others made: fetched if they are public, checked, and described by a meta.json.
 
 The shards themselves are not changed. They do not say which tokenizer made them, so the user does;
 ids that cannot come from that tokenizer are refused.

@@ -53,7 +53,7 @@ data_dir = ""  # where the data sets are; empty: where the run found them
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 configure(globals())
 
-AT_ONCE = 4096  # tokens in a batch, for the streams before all its sublayers are in memory
+AT_ONCE = 4096  # tokens in a batch, whose streams before every sublayer are in memory at once
 
 
 def main():
@@ -79,8 +79,7 @@ def look_at_run():
     print(f"written: {folder / 'analysis.png'}")
 
 
-# --------------------------------------------------------------------------------------------------
-# One run: its checkpoint, and what is measured of it
+# ---- one run: its checkpoint, and what is measured of it -----------------------------------------
 
 
 def load_model(path, device):
@@ -170,8 +169,7 @@ def mean_matrices(sublayers):
     return [torch.tensor(sublayer["mix"], dtype=torch.float64) for sublayer in sublayers]
 
 
-# --------------------------------------------------------------------------------------------------
-# What is written of one run
+# ---- one run: what is written --------------------------------------------------------------------
 
 
 def read_most(sublayer):
@@ -230,8 +228,7 @@ def number(value, form):
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-# --------------------------------------------------------------------------------------------------
-# Many runs
+# ---- many runs -----------------------------------------------------------------------------------
 
 
 def compare_runs():

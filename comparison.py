@@ -1,4 +1,5 @@
-"""What paired runs say: from the metrics of a run to a table with its uncertainty.
+"""
+What paired runs say: from the metrics of a run to a table with its uncertainty.
 
 A result is a dict, one for each run, as study.py keeps it in results/: what `measure` returns, and
 the run's arm, axes (the value of each swept knob that the arm does not set itself) and seed. Two
@@ -6,19 +7,21 @@ arms are compared seed by seed, over the seeds that both finished. The columns o
 means over seeds:
 
 loss            validation loss at the last step
-- residual      how much that is above residual's (or another arm's that the study refers to), with
-                its 95 % interval (Student's t). Where the interval holds 0, "within" is the largest
+- residual      the loss minus residual's (or that of another reference), with the 95 % interval of
+                the difference (Student's t). Where the interval holds 0, "within" is the largest
                 absolute difference in it
-equal time      the same difference, with the arm's loss at the time when residual was done, by step
-                times and interpolated between evaluations. For a slower arm it is an upper bound: a
-                run planned to end at that time would have lowered its learning rate by then
-speed-up        how many times sooner than residual the arm reached the last loss of whichever of
-                the two ended higher, by step times and interpolated between evaluations
+equal time      the same difference, with the arm's loss at the time when residual was done. For a
+                slower arm it is an upper bound: a run planned to end at that time would have
+                lowered its learning rate by then
+speed-up        how many times sooner than residual the arm reached a loss that both reached: the
+                higher one of their last losses
 gain            the largest composite gain at an evaluation of any run
 
-Where learning_rate is swept, an arm stands at its best rate. Of the rates with the most runs, these
-are the ones at which the fewest diverged, and of these it is the one with the lowest mean loss. A
-run that diverged has no loss; it is counted.
+A time is a number of steps times the median step time; losses between evaluations are interpolated.
+
+Where learning_rate is swept, an arm stands at its best rate. That is a rate with the most runs; of
+such rates, one with the fewest diverged runs; of these, the one with the lowest mean loss. A run
+that diverged has no loss; it is counted.
 """
 
 import csv
@@ -38,7 +41,7 @@ from runtime import describe_machine
 RATE = "learning_rate"
 
 
-# ---- one run ------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def read_run(folder):
@@ -97,7 +100,7 @@ def hardware(device):
     return describe_machine(torch.device("cpu"))["processor"]
 
 
-# ---- statistics ---------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 
 def t_probability(t, df):
@@ -131,7 +134,7 @@ class Difference(NamedTuple):
     n: int  # pairs
 
     def bound(self):
-        """The largest absolute difference in the interval, or None where that leaves 0 out."""
+        """The largest absolute difference in the interval; None where the interval leaves 0 out."""
         if self.half is None or abs(self.mean) > self.half:
             return None
         return abs(self.mean) + self.half
@@ -161,7 +164,7 @@ def step_at_loss(curve, loss):
     return None
 
 
-# ---- points of the grid -------------------------------------------------------------------------
+# ---- points of the grid --------------------------------------------------------------------------
 
 
 class Point(NamedTuple):
@@ -200,7 +203,7 @@ def gather(results):
 
 
 def place(point):
-    """The arm and the axes without the rate. Points of one place compete for the best rate."""
+    """The arm and the axes without the rate. Points of one place differ in the rate alone."""
     return point.arm, tuple((knob, value) for knob, value in point.axes.items() if knob != RATE)
 
 
@@ -283,7 +286,7 @@ def compare(point, reference):
     return Comparison(interval(losses), interval(equal_time), speed_up)
 
 
-# ---- tables -------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def table_csv(results, references):

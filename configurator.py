@@ -1,4 +1,5 @@
-"""Command line and config files override the commented globals at the top of a script.
+"""
+Command line and config files override the commented globals at the top of a script.
 
     learning_rate = 6e-4  # peak, after warmup
     compile: bool | str = "blocks"  # an annotation widens what a knob takes

@@ -1,4 +1,5 @@
-"""From files to documents: which files a corpus has, and the text of each row of them.
+"""
+From files to documents: which files a corpus has, and the text of each row of them.
 
     files = find_files(["texts/*.txt", "more texts"])
     for text in read_documents(files, Reading(), start()): ...

@@ -1,4 +1,5 @@
-"""From the files of many runs to curves with bands over seeds.
+"""
+From the files of many runs to curves with bands over seeds.
 
     points = points_of(read_results([Path("out/studies/constraint")]))      # or results/constraint
     by_tokens(points, "val")                                                # plots.py draws them

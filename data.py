@@ -1,4 +1,5 @@
-"""Token shards: writing, reading, checking, and which tokens step s of a run sees.
+"""
+Token shards: writing, reading, checking, and which tokens step s of a run sees.
 
     python prepare_data.py  # writes data/stdlib, the corpus that needs no download
     >>> blocks = TokenBlocks("data/stdlib", "train", block_size=256)

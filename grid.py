@@ -1,4 +1,5 @@
-"""A study: its file, the cells of its grid, and the result of each.
+"""
+A study: its file, the cells of its grid, and the result of each.
 
 A cell is one run of train.py: an arm (a name for some knobs), one value of every swept knob, a
 seed. The runs of a seed have the same initial weights and see the same batches.
@@ -68,7 +69,7 @@ class Cell(NamedTuple):
     result: Path  # the file in results/
 
 
-# ---- a study's file -----------------------------------------------------------------------------
+# ---- a study's file ------------------------------------------------------------------------------
 
 
 def is_study(path):
@@ -98,7 +99,7 @@ def read_study(path):
     return Study(Path(path).stem, f"python study.py {path}", **given)
 
 
-# ---- cells --------------------------------------------------------------------------------------
+# ---- cells ---------------------------------------------------------------------------------------
 
 
 def cells(study, options):
@@ -152,7 +153,7 @@ def command(cell, options):
     return f"OMP_NUM_THREADS={options.threads} {shlex.join(words)}"
 
 
-# ---- what there is of a cell --------------------------------------------------------------------
+# ---- what there is of a cell ---------------------------------------------------------------------
 
 
 def check_same(cell, knobs, where):

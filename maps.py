@@ -1,4 +1,5 @@
-"""The figure of one run: the matrix of every sublayer as a small map, and four panels by depth.
+"""
+The figure of one run: the matrix of every sublayer as a small map, and four panels by depth.
 
 >>> plots.save(Path("analysis.png"), maps.run_figure, found)    # found: analyze.py's `analysis`
 """
@@ -17,14 +18,15 @@ from plots import (
     write_at,
 )
 
-SIGNED = ("#8f3b00", "#d55e00", "#f6c9a8", "#ffffff", "#b5d7ec", "#0072b2", "#00334f")  # -1 .. 1
+# The colours of entries from below 0 (brown) over 0 (white) to above 0 (blue).
+SIGNED = ("#8f3b00", "#d55e00", "#f6c9a8", "#ffffff", "#b5d7ec", "#0072b2", "#00334f")
 SIDE = 1.0  # of the square that is M; all lengths are in this unit
 GAP, STRIP = 0.1, 0.22  # between M and its read or write; the width of these two
 MAP_WIDTH, MAP_HEIGHT = SIDE + GAP + STRIP + 0.3, SIDE + GAP + STRIP + 0.55  # with margins
 
 
 def run_figure(found):
-    """found: what analyze.py's `analysis` returned."""
+    """The whole figure. found: what analyze.py's `analysis` returned."""
     sublayers, ink = found["sublayers"], colour(found["mixer"])
     most = 12 if len(sublayers) <= 48 else 24
     columns = min(max(len(sublayers), 8), most)

@@ -1,4 +1,5 @@
-"""What a trained mixer does, in numbers: a model and tokens -> plain numbers for each sublayer.
+"""
+What a trained mixer does, in numbers: a model and tokens -> plain numbers for each sublayer.
 
     sublayers, n_tokens = look_at(model, batches)       # matrices, reads, writes, streams
     gains = composite_gains(matrices)                   # how signals can grow, by depth
@@ -141,8 +142,7 @@ def largest_row_sum(M):
     return M.abs().sum(-1).max().item()
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss with one M replaced
+# ---- the loss with one M replaced ----------------------------------------------------------------
 
 
 @contextlib.contextmanager

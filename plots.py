@@ -1,4 +1,5 @@
-"""The figures of analyze.py: the style of all figures, and those of many runs (maps.py: one run).
+"""
+The figures of analyze.py: the style of all figures, and those of many runs (maps.py: one run).
 
     save(Path("gain.png"), gain_figure, forward, backward)      # lists of curves.Curve
 
@@ -251,8 +252,8 @@ def set_log_scale(axes, numbers):
     axes.yaxis.set_minor_formatter("{x:g}" if near else "")
 
 
-# --------------------------------------------------------------------------------------------------
-# Many runs. A curve is a curves.Curve, a row is a comparison.Difference.
+# ---- many runs -----------------------------------------------------------------------------------
+# A curve is a curves.Curve, a row is a comparison.Difference.
 
 
 def loss_figure(by_tokens, by_seconds, differences, reference, tokens_of_a_step):

@@ -1,4 +1,5 @@
-"""From a corpus to token shards, which train.py reads.
+"""
+From a corpus to token shards, which train.py reads.
 
     python prepare_data.py  # Python's own sources -> data/stdlib; no download
     python prepare_data.py openwebtext  # 9 billion GPT-2 tokens, 24 GB -> data/openwebtext
@@ -311,7 +312,7 @@ def path_of(argument):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("dataset", nargs="?", help="stdlib (default), openwebtext, or a name on the Hub")

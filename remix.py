@@ -19,6 +19,7 @@ From one stream: the streams start as equal copies, and the new model computes t
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -88,14 +89,11 @@ def translate(old, new):
 
 def jacobian(mixer, logits, n, options):
     """dM / dlogits, (n^2, K)."""
-
-    def entries(logits):
-        return mixing_matrix(mixer, logits, n, **options).flatten()
-
     if not len(logits):
         return logits.new_zeros(n * n, 0)
+    matrix = partial(mixing_matrix, mixer, n_streams=n, **options)
     with torch.enable_grad():
-        return torch.autograd.functional.jacobian(entries, logits)
+        return torch.autograd.functional.jacobian(matrix, logits).flatten(0, 1)
 
 
 def reach(mixer, M, mix_start, **options):

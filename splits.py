@@ -1,4 +1,5 @@
-"""The splits of a corpus: which documents are in train and in val, and their way into shards.
+"""
+The splits of a corpus: which documents are in train and in val, and their way into shards.
 
 A hash of its content decides for each document, so no text is in both splits, however often the
 corpus has it. In a small corpus a split could then be empty, or much larger or smaller than was

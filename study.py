@@ -1,4 +1,5 @@
-"""An ablation: a grid of training runs with paired seeds, and the table of what they say.
+"""
+An ablation: a grid of training runs with paired seeds, and the table of what they say.
 
     python study.py config/laptop.py --mixers=all --seeds=5              # every mixer
     python study.py config/laptop.py --mixers=residual,tbp --sweep learning_rate=1e-3,2e-3,4e-3
@@ -25,7 +26,6 @@ import argparse
 import ast
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -50,9 +50,9 @@ from grid import (
     result_of,
 )
 from mixers import MIXERS
-from runtime import RunError, run_script
+from runtime import RunError, StopSignal, run_script
 
-# ---- results ------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def state(cell):
@@ -82,7 +82,7 @@ def keep_result(cell, options, gave_up):
     return result
 
 
-# ---- running ------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
@@ -108,7 +108,10 @@ def planned(cell):
 
 
 def start(run, options, slot):
-    """Start a run in the background, in slot 0, 1 .. of the machine -> the Run with its process."""
+    """Start a run in the background -> the Run with its process.
+
+    slot: 0 to options.jobs - 1, of which each has one run at a time, and GPUs of its own.
+    """
     cell, launcher = run.cell, []
     if options.processes > 1:
         processes = f"--nproc_per_node={options.processes}"
@@ -166,20 +169,18 @@ def run_grid(study, todo, options):
 
     SIGTERM or Ctrl-C lets every run write a checkpoint, and ends it.
     """
-    signals, running, failed = [], {}, []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signals.append(True))
-    waiting = [planned(cell) for cell in todo]
+    stop, stopping = StopSignal(group=None), False
+    waiting, running, failed = [planned(cell) for cell in todo], {}, []  # running: slot -> Run
     total = sum(run.share(run.steps) for run in waiting)
-    stopping, done, clock = False, 0.0, time.time()
+    done, began = 0.0, time.time()
 
     try:
         while running or (waiting and not stopping):
             for slot in range(options.jobs):
-                if slot not in running and waiting and not signals:
+                if slot not in running and waiting and not stop.received:
                     running[slot] = start(waiting.pop(0), options, slot)
             time.sleep(0.5)
-            if signals and not stopping:
+            if stop.received and not stopping:
                 stopping = True
                 say("stopping: every run is asked for a checkpoint; the same command goes on there")
                 for run in running.values():
@@ -195,7 +196,7 @@ def run_grid(study, todo, options):
                 except RunError as error:
                     outcome = str(error)
                     failed.append(run.cell.name)
-                left = time_left(time.time() - clock, done, total, running.values())
+                left = time_left(time.time() - began, done, total, running.values())
                 say(f"{run.cell.name}: {outcome} | {len(waiting) + len(running)} to go, {left}")
                 write_table(study, options)
     finally:
@@ -253,13 +254,13 @@ def say(text):
     print(text, flush=True)
 
 
-# ---- the command line ---------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def parse_command_line():
     """-> the options, and the knobs of train.py: {knob: text}."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=__doc__.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -372,7 +373,7 @@ def read_command_line():
         command=" ".join([study.command, *map(shlex.quote, more)]),
         knobs={**study.knobs, **knobs},
     )
-    choose("axis", list(sweep), study.sweep)
+    choose("axis", list(sweep), study.sweep)  # refuses another
     part = study._replace(
         arms={name: study.arms[name] for name in choose("arm", names, study.arms)},
         seeds=choose("seed", seeds, study.seeds),

@@ -1,4 +1,5 @@
-"""Tokenizers: text to ids and back. A tokenizer's description is stored with the data it made.
+"""
+Tokenizers: text to ids and back. A tokenizer's description is stored with the data it made.
 
     >>> tokenizer = get_tokenizer("gpt2")
     >>> tokenizer.encode("Hello world").tolist()

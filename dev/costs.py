@@ -1,13 +1,14 @@
-"""What a step keeps and moves: memory, kernels that Inductor generated, and their bytes per second.
+"""
+What a step keeps and moves: memory, kernels that Inductor generated, and their bytes per second.
 
     launches = []
     record_launches(launches)             # before the model is compiled
     step(), step()                        # compiles, and chooses each kernel's configuration
     bandwidth(step, launches, size)       # of kernels with an argument of at least `size` numbers
 
-The bytes of a launch are those of its arguments, each counted once: the least that the kernel can
-move. (A kernel that reads a part of an argument moves less. The streams are read whole.) The
-seconds are the profiler's, of the same launch in the same step.
+The bytes of a launch are those of its arguments: each counts once, and twice where the kernel both
+reads and writes it. A kernel moves at least these if it uses every argument whole, as the kernels
+that pass over the streams do. The seconds are the profiler's, of the same launch in the same step.
 """
 
 import itertools
@@ -24,8 +25,8 @@ import torch
 def peak_memory(step, kept, device):
     """Bytes of tensors at the worst moment of `step`; None on a device that does not tell.
 
-    On CUDA its own figure. On a CPU the tensors `kept` from before, and the running sum of what the
-    profiler sees taken and freed.
+    On CUDA, torch's own figure. On a CPU, the bytes of `kept` (the tensors from before the step)
+    and the highest running sum of what the profiler sees allocated and freed.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -60,8 +61,11 @@ def in_fresh_process(work, *arguments):
 
 
 def measure_afresh(probe, case, cache, twice):
-    """What probe(case, cache) finds in a fresh process. twice: a second one, which finds in the
-    folder `cache` what the first compiled, tells `compile_warm_s` and the peak of memory."""
+    """What probe(case, cache) finds in a fresh process.
+
+    twice: then in another one, which finds in the folder `cache` what the first has compiled. From
+    this one are compile_warm_s and peak_memory_bytes.
+    """
     found = in_fresh_process(probe, case, cache)
     if twice:
         again = in_fresh_process(probe, case, cache)
@@ -164,10 +168,11 @@ def generated_kernels(events):
 
 
 def stream_traffic(launches, timed, size):
-    """Launches, and (kernel, seconds) of the same launches in the same order -> sums over those
-    with an argument of at least `size` numbers, and `kernels`, a table of all.
+    """-> bytes, milliseconds and GB/s, summed over the launches that have an argument of at least
+    `size` numbers; and `kernels`, a table of all launches.
 
-    Where the two do not agree, no bytes belong to a time: the sums are None.
+    timed: (kernel, seconds) of the same launches in the same order. Where their kernels are not
+    those of `launches`, nobody knows which bytes took which time: all figures are None.
     """
     sums = {"stream_bytes": None, "stream_ms": None, "stream_gb_s": None, "kernels": None}
     if not timed or [launch.kernel for launch in launches] != [kernel for kernel, _ in timed]:

@@ -1,4 +1,5 @@
-"""English prose for studies, from two Debian packages: novels by Jane Austen, and An Anarchist FAQ.
+"""
+English prose for studies, from two Debian packages: novels by Jane Austen, and An Anarchist FAQ.
 
     apt-get download anarchism=15.3-3 r-cran-janeaustenr=1.0.0-1  # of Debian 12
     for package in anarchism_*.deb r-cran-janeaustenr_*.deb; do dpkg -x $package unpacked; done
@@ -35,7 +36,7 @@ def main(unpacked, out):
     print(f"{out}: {len(documents):,} documents, {characters:,} characters, sha256 {digest}")
 
 
-# ---- the novels --------------------------------------------------------------------------------
+# ---- the novels ----------------------------------------------------------------------------------
 # R's lazy-load file: records of (length, zlib stream), each a serialised character vector.
 
 
@@ -65,7 +66,7 @@ def character_vector(record):
     return strings
 
 
-# ---- the FAQ -----------------------------------------------------------------------------------
+# ---- the FAQ -------------------------------------------------------------------------------------
 # Markdown: a file for each chapter, with a heading above each section.
 
 

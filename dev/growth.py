@@ -1,4 +1,5 @@
-"""Growth with the number of streams: a table and a figure of what bench.py measured.
+"""
+Growth with the number of streams: a table and a figure of what bench.py measured.
 
     python bench.py --sweep_streams=2,4,8,16,32 --clock=processor --out=results/growth/streams.json
     python bench.py --sweep_streams=2,4,8,16,32 --clock=processor --out=results/growth/input.json \\
@@ -11,6 +12,7 @@ alone would set to the throughput (model.GPT.flops_per_token).
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -57,6 +59,7 @@ def read_rows(folder):
 
 
 def write_tables(folder, rows):
+    """Write table.csv, and table.md with the same fields in readable numbers."""
     with (folder / "table.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, HEAD)
         table.writeheader()
@@ -67,13 +70,11 @@ def write_tables(folder, rows):
 
 
 def growth_figure(rows):
-    """A panel against n for each of FIELDS that was measured, with a line for each mixer, form and
-    way to run."""
+    """A panel against n for each of FIELDS that was measured."""
     fields = [field for field in FIELDS if any(row[field] is not None for row in rows)]
-    lines = -(-len(fields) // 2)
+    lines = math.ceil(len(fields) / 2)
     figure = new_figure(lines * (HEIGHT + 0.5) + 0.3)
-    how = {True: "compiled", False: "eager"}
-    ways = sorted({how[row["compiled"]] for row in rows})
+    ways = sorted({"compiled" if row["compiled"] else "eager" for row in rows})
     figure.suptitle(f"Growth with the number of streams, {' and '.join(ways)}", **TITLE)
     grid = figure.add_gridspec(lines, 2)
     for i, field in enumerate(fields):
@@ -85,6 +86,7 @@ def growth_figure(rows):
 
 
 def draw_panel(axes, rows, field):
+    """A line for each mixer, for what its coefficients see, and for whether it was compiled."""
     curves, ends, numbers = {}, [], []
     for row in rows:
         curves.setdefault((row["mixer"], row["sees"], row["compiled"]), []).append(row)

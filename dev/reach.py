@@ -1,4 +1,5 @@
-"""How near a mixer gets to doubly stochastic matrices: by its inverse, and by gradient descent.
+"""
+How near a mixer gets to doubly stochastic matrices: by its inverse, and by gradient descent.
 
     python -m dev.reach                                    # every mixer, n = 3, 4, 8
     python -m dev.reach --mixers=tbp,kronecker --streams=4 --out=out/reach
@@ -18,6 +19,7 @@ n-cycle is needed, a permutation that visits every stream.
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,14 +139,14 @@ def looks(steps):
     return sorted({0, steps} | {step for step in spaced if step < steps})
 
 
-def squared_distance(target):
-    """The loss of `descend` that is the squared distance from target."""
-    return lambda M: (M - target).square().sum((-2, -1))
+def squared_distance(M, target):
+    """A loss of `descend`."""
+    return (M - target).square().sum((-2, -1))
 
 
 def show_in_turn(M):
-    """The loss of the task: how far the first rows of M, M^2 .. M^2n are from the unit vectors of
-    stream 1, 2 .. n - 1, 0, 1 .. (count,)"""
+    """The loss of the task, (count,): how far the first rows of M, M^2 .. M^2n are from the unit
+    vectors of stream 1, 2 .. n - 1, 0, 1 .."""
     n = M.shape[-1]
     row = torch.eye(n, dtype=M.dtype)[0].expand(len(M), 1, n)
     wanted, off = torch.eye(n, dtype=M.dtype), 0
@@ -155,7 +157,7 @@ def show_in_turn(M):
 
 
 def tenths(numbers):
-    """[a tenth lies below, median, a tenth lies above]; None for infinite ones, as JSON has none"""
+    """-> [a tenth lies below, median, a tenth lies above]; None for infinity, which JSON lacks."""
     found = [numbers.quantile(q, interpolation="lower").item() for q in (0.1, 0.5, 0.9)]
     return [None if math.isinf(number) else number for number in found]
 
@@ -171,7 +173,7 @@ def study(name, n, targets, steps):
     logits = [
         start_logits(name, n, eps).double().expand(len(targets), -1) for eps in STARTS.values()
     ]
-    from_all = squared_distance(targets.repeat(len(STARTS), 1, 1))
+    from_all = partial(squared_distance, target=targets.repeat(len(STARTS), 1, 1))
     lowest = descend(name, n, torch.cat(logits), from_all, steps).sqrt()
     histories = dict(zip(STARTS, lowest.chunk(len(STARTS), dim=1)))
     ways |= {start: history[-1] for start, history in histories.items()}
@@ -257,7 +259,7 @@ def name_lines(figure, found):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--mixers", default="", help="with commas; empty: all that are defined")
     parser.add_argument("--streams", default="3,4,8", help="n, with commas")
     parser.add_argument("--targets", type=int, default=250, help="random matrices of a kind")

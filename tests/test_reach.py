@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_a_product_of_2_by_2_factors_is_symmetric_and_cannot_shift():
     assert bound.item() == pytest.approx((1 - SOFT) * math.sqrt(2))
 
     logits = start_logits("kronecker", 4, 0.01).double()[None]
-    nearest = descend("kronecker", 4, logits, squared_distance(target), steps=200)[-1].sqrt()
+    loss = partial(squared_distance, target=target)
+    nearest = descend("kronecker", 4, logits, loss, steps=200)[-1].sqrt()
     assert bound <= nearest * (1 + 1e-9)
     torch.testing.assert_close(nearest, bound, rtol=1e-3, atol=0)
     assert by_inverse("kronecker", target).isinf().all()
@@ -82,7 +84,8 @@ def test_what_can_be_reached_is_reached(mixer):
     targets = make_targets(1, 3)
     assert by_inverse(mixer, targets).max() < 1e-5
     logits = start_logits(mixer, 3, 1.0).double().expand(len(targets), -1)
-    assert descend(mixer, 3, logits, squared_distance(targets), steps=200)[-1].sqrt().max() < 0.05
+    loss = partial(squared_distance, target=targets)
+    assert descend(mixer, 3, logits, loss, steps=200)[-1].sqrt().max() < 0.05
 
 
 def test_a_descent_keeps_its_best_not_its_last():

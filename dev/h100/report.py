@@ -68,7 +68,7 @@ def main():
 
 def parse(words):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mixers", default="tbp", help="names, with commas between them")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences in a step")
