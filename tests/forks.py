@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -29,17 +30,20 @@ class Script:
 
     command: as after `python`, a file or -m and a module. patch: statements that are executed
     before it. env: what is added to the environment. A script that takes longer than `timeout`
-    seconds is killed.
+    seconds is stopped, with all that it started, and finish() fails.
     """
+
+    grace = 40  # seconds to end after SIGTERM; torchrun gives its workers 30
 
     def __init__(self, command, patch="", env=None, timeout=300):
         read, write = os.pipe()
         self.stdout = open(read, errors="replace")
         self.returncode = None
-        job = {"command": [*map(str, command)], "patch": patch, "timeout": timeout}
+        self.timeout, self.late, self.finished = timeout, False, threading.Event()
         env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        self.pid = ask({**job, "env": env}, write)
+        self.pid = ask({"command": [*map(str, command)], "patch": patch, "env": env}, write)
         os.close(write)
+        threading.Thread(target=self.stop_when_late, daemon=True).start()
 
     def poll(self):
         """The exit status, or None while the script runs."""
@@ -53,7 +57,21 @@ class Script:
             output = self.stdout.read()
         if self.returncode is None:
             self.returncode = ask({"status_of": self.pid, "wait": True})
+        self.finished.set()
+        assert not self.late, f"stopped, since it took longer than {self.timeout} s: {output}"
         return output
+
+    def stop_when_late(self):
+        """Else a process that the script started could hold the pipe open for ever.
+
+        torchrun's workers are not in its process group, and it ends them after a SIGTERM.
+        """
+        if self.finished.wait(self.timeout):
+            return
+        self.late = True
+        os.killpg(self.pid, signal.SIGTERM)
+        if not self.finished.wait(self.grace):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def send_signal(self, number):
         if self.poll() is None:
@@ -93,30 +111,38 @@ def ask(request, *descriptors):
 
 
 def receive(connection):
-    """-> a line, and the open files that came with it."""
+    """-> a line, and the open files that came with it; an empty line at the end."""
     line, descriptors = b"", []
     while not line.endswith(b"\n"):
         part, more, _, _ = socket.recv_fds(connection, 1 << 16, maxfds=1)
         if not part:
-            sys.exit()  # the other side has ended
+            return b"", []  # the other side has ended
         line, descriptors = line + part, [*descriptors, *more]
     return line, descriptors
 
 
 def serve(connection):
-    """Answer requests until the tests end."""
+    """Answer requests until the tests end, and then end the scripts that still run."""
+    running = set()
     while True:
         line, descriptors = receive(connection)
+        if not line:
+            break
         request = json.loads(line)
         if "command" in request:
             answer = os.fork()
             if answer == 0:
                 connection.close()
                 become(request, *descriptors)
+            running.add(answer)
             os.close(*descriptors)
         else:
             answer = status_of(request["status_of"], request["wait"])
+            if answer is not None:
+                running.remove(request["status_of"])
         connection.sendall(json.dumps(answer).encode() + b"\n")
+    for pid in running:
+        os.killpg(pid, signal.SIGKILL)
 
 
 def status_of(pid, wait):
@@ -133,7 +159,6 @@ def become(job, output):
     os.environ.update(job["env"])
     sys.stdout = open(1, "w", encoding=job["env"].get("PYTHONIOENCODING"))
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")
-    signal.alarm(job["timeout"])
     status = 0
     try:
         if job["patch"]:
