@@ -7,6 +7,9 @@ TORCH ?= 2.11.0
 BIN := .venv/bin
 OTHER := .venv-torch-$(TORCH)
 
+# Without the compiled modules that Python keeps, importing torch takes seconds more, each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test quick lint format test-torch
 
 run: .venv/ready
