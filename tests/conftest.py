@@ -15,6 +15,9 @@ from forks import ROOT, Script
 
 sys.path.insert(0, str(ROOT))
 
+# Two threads that share the work on a small tensor spend their time in waiting for each other.
+torch.set_num_threads(1)
+
 TINY = (
     "--dataset=tiny --block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --n_streams=2 "
     "--batch_size=4 --total_batch_tokens=128 --eval_tokens=256 --eval_interval=4 "
