@@ -387,12 +387,12 @@ def speed(case, seconds, row):
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def write(about, rows):
+def write_report(about, rows):
     """`about` and the rows so far, to the file `out`."""
     write_json(out, about | {"rows": list(rows.values())})
 
 
-def say(case, found):
+def print_found(case, found):
     """A line with what was just measured."""
     known = {key: found[key] for key in found if key in COLUMNS.values() and found[key] is not None}
     figures = [f"{key} {shown(value)}" for key, value in known.items()]
@@ -421,15 +421,15 @@ def main():
                 if memory := found["peak_memory_bytes"]:
                     most = rows[residual_of(case)]["peak_memory_bytes"]
                     rows[case]["peak_memory_ratio"] = memory / most
-                say(case, found)
-                write(about, rows)
+                print_found(case, found)
+                write_report(about, rows)
         if rounds:
             seconds = take_turns(group, caches.name)
             for case in new:
                 found = speed(case, seconds, rows[case])
                 rows[case] |= found
-                say(case, found)
-            write(about, rows)
+                print_found(case, found)
+            write_report(about, rows)
     print_table(list(rows.values()), COLUMNS, ONLY_IF_SEVERAL)
     print(f"wrote {out}")
 

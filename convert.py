@@ -29,7 +29,7 @@ import pretrained
 from data import read_meta, write_atomic, write_json
 from mixers import OPTIONS, find_mixer
 from model import GPT, GPTConfig
-from remix import drop_what_misleads, measure, sequences, with_mixer
+from remix import drop_misleading_rows, report_differences, sequences, with_mixer
 from runtime import RunError, provenance, run_script
 from tokenizer import describe, sizes
 
@@ -286,11 +286,11 @@ def convert_mixer(arguments):
     tokens = (state["tokenizer"], state["n_vocab"], arguments.data, arguments.tokens)
     idx, targets = sequences(old.config.block_size, *tokens)
     if off and new.config.dynamic:
-        left_out = drop_what_misleads(old, new, idx)
+        left_out = drop_misleading_rows(old, new, idx)
         print("phi of the mix: mapped by the Jacobian at the biases, right to first order")
         if left_out:
             print(f"  but 0 in {len(left_out)} of {len(off)} sublayers, where that brings M nearer")
-    for line in measure(old, new, idx, targets):
+    for line in report_differences(old, new, idx, targets):
         print(line)
     knobs = {"mixer": new.config.mixer, "n_streams": new.config.n_streams} | new.config.options
     about = {name: state[name] for name in ("tokenizer", "n_vocab", "shards", "step")}

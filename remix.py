@@ -2,8 +2,8 @@
 A trained model with another mixer.
 
     >>> new, off = with_mixer(model, "rtbp", None, {})
-    >>> left_out = drop_what_misleads(model, new, idx)
-    >>> measure(model, new, idx, targets)                  # lines of text
+    >>> left_out = drop_misleading_rows(model, new, idx)
+    >>> report_differences(model, new, idx, targets)                  # lines of text
 
 From n streams:
 * The biases of the mix become those at which the other mixer gives the same M, by its inverse. So
@@ -170,7 +170,7 @@ def sequences(block_size, tokenizer, n_vocab, data, tokens):
 
 
 @torch.no_grad()
-def drop_what_misleads(old, new, idx):
+def drop_misleading_rows(old, new, idx):
     """Set the mix's rows of phi to 0 in each sublayer whose M is nearer to the old one without
     them, on average over the tokens of idx. -> the names of these sublayers."""
     some = idx[: max(1, AT_ONCE // idx.shape[1])]
@@ -200,7 +200,7 @@ def mean_differences(old, new, idx):
 
 
 @torch.no_grad()
-def measure(old, new, idx, targets):
+def report_differences(old, new, idx, targets):
     """Lines on how far the new model is from the old one, on idx and targets (B, T) or None."""
     goals = idx if targets is None else targets
     at_once = max(1, AT_ONCE // idx.shape[1])

@@ -71,7 +71,45 @@ def time_generation(decoder):
     return time.perf_counter() - began
 
 
+def take_turns(models, sequences, activations):
+    """-> {mixer: seconds of each round} for so many sequences at a time."""
+    length = prompt_tokens + new_tokens
+    decoders = {
+        mixer: Decoder(model, sequences, length, dtype=activations)
+        for mixer, model in models.items()
+    }
+    if compile:
+        for decoder in decoders.values():
+            decoder.compile()
+    seconds = {mixer: [] for mixer in models}
+    for _ in range(rounds + 1):
+        for mixer, decoder in decoders.items():
+            seconds[mixer].append(time_generation(decoder))
+    return {mixer: own[1:] for mixer, own in seconds.items()}  # the first round warms up
+
+
+def table_rows(models, sequences, seconds):
+    """A row for each model. seconds: of `take_turns`."""
+    rows, tokens = [], sequences * new_tokens
+    base = next(iter(seconds.values()))
+    for mixer, own in seconds.items():
+        rows.append(
+            {
+                "mixer": mixer,
+                "n_streams": models[mixer].config.n_streams,
+                "sequences": sequences,
+                "tok_s": tokens / statistics.median(own),
+                "slowest": tokens / max(own),
+                "fastest": tokens / min(own),
+                "ratio": statistics.median(b / o for b, o in zip(base, own)),
+            }
+        )
+    return rows
+
+
 def main():
+    path = Path(folder) / "generate.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     where = runtime.pick_device(device)
     activations = runtime.pick_dtype(dtype, where)
     models = {mixer: build(mixer, where) for mixer in mixers.split(",")}
@@ -80,39 +118,12 @@ def main():
             cast_weights(model, activations)
     rows = []
     for sequences in map(int, batches.split(",")):
-        length = prompt_tokens + new_tokens
-        decoders = {
-            mixer: Decoder(model, sequences, length, dtype=activations)
-            for mixer, model in models.items()
-        }
-        if compile:
-            for decoder in decoders.values():
-                decoder.compile()
-        seconds = {mixer: [] for mixer in models}
-        for _ in range(rounds + 1):
-            for mixer, decoder in decoders.items():
-                seconds[mixer].append(time_generation(decoder))
-        base = next(iter(seconds.values()))[1:]
-        for mixer, model in models.items():
-            own = seconds[mixer][1:]  # the first round warms up
-            tokens = sequences * new_tokens
-            rows.append(
-                {
-                    "mixer": mixer,
-                    "n_streams": model.config.n_streams,
-                    "sequences": sequences,
-                    "tok_s": tokens / statistics.median(own),
-                    "slowest": tokens / max(own),
-                    "fastest": tokens / min(own),
-                    "ratio": statistics.median(b / o for b, o in zip(base, own)),
-                }
-            )
+        rows += table_rows(models, sequences, take_turns(models, sequences, activations))
     about = {
         "provenance": runtime.provenance(),
         "machine": runtime.describe_machine(where),
         "config": config,
     }
-    path = Path(folder) / "generate.json"
     write_json(path, about | {"rows": rows})
     print("machine: " + json.dumps(about["machine"]) + f", commit {about['provenance']['commit']}")
     print_table(rows, COLUMNS)

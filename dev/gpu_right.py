@@ -21,6 +21,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -248,8 +249,8 @@ def distance(found, wanted):
         name: (found[name] - tensor).norm().item() / max(norms[name], floor)
         for name, tensor in wanted.items()
     }
-    if bad := [name for name, error in errors.items() if error != error]:
-        return float("inf"), bad[0]
+    if bad := [name for name, error in errors.items() if math.isnan(error)]:
+        return math.inf, bad[0]
     worst = max(errors, key=errors.get)
     return errors[worst], worst
 

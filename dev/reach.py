@@ -111,7 +111,7 @@ def descend(name, n, logits, loss, steps):
     """Adam at each of RATES, side by side.
 
     logits: (count, K), where each rate begins. loss: a function of M (count, n, n) -> (count,).
-    -> (looks, count): at each step of `looks`, the lowest loss so far at any rate.
+    -> (kept steps, count): at each step of `kept_steps`, the lowest loss so far at any rate.
     """
     parameters = [logits.clone().requires_grad_() for _ in RATES]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, RATES)]
@@ -124,7 +124,7 @@ def descend(name, n, logits, loss, steps):
         losses = [loss(M) for M in matrices]
         for now in losses:
             lowest = torch.minimum(lowest, now.detach())
-        if step in looks(steps):
+        if step in kept_steps(steps):
             kept.append(lowest)
         optimizer.zero_grad()
         sum(now.sum() for now in losses).backward()
@@ -133,7 +133,7 @@ def descend(name, n, logits, loss, steps):
     return torch.stack(kept)
 
 
-def looks(steps):
+def kept_steps(steps):
     """Steps at which a distance is kept: 0, about eight in every power of 10, and the last."""
     spaced = {round(10 ** (k / 8)) for k in range(8 * 6)}
     return sorted({0, steps} | {step for step in spaced if step < steps})
@@ -166,8 +166,8 @@ def study(name, n, targets, steps):
     """How near mixer `name` gets to the targets: {kind: {way: tenths}}.
 
     The ways: "inverse", and "start" and "uniform", where Adam began. Of these two there are also
-    "start_medians" and "uniform_medians", the median at each of `looks`. Under the kind "task" are
-    the losses of the task, and how many of the TRIES solved it.
+    "start_medians" and "uniform_medians", the median at each of `kept_steps`. Under the kind "task"
+    are the losses of the task, and how many of the TRIES solved it.
     """
     ways = {"inverse": by_inverse(name, targets)}
     logits = [
@@ -236,7 +236,7 @@ def reach_figure(found, steps):
                 ink = plots.colour(name)
                 for start, dashes in (("start", "-"), ("uniform", (0, (1, 1)))):
                     if medians := of_mixer[kind].get(start + "_medians"):
-                        axes.plot(looks(steps)[1:], medians[1:], color=ink, linestyle=dashes)
+                        axes.plot(kept_steps(steps)[1:], medians[1:], color=ink, linestyle=dashes)
             axes.axhline(mixers["identity"][kind]["start"][1], color=plots.colour("identity"))
     for axes, kind in zip(grid[0], TARGETS):
         axes.set_title(kind)

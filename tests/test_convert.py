@@ -336,7 +336,7 @@ def test_the_knobs_of_the_streams_stay(knobs, tokens):
             hc.alpha.data[2] *= 1e-3  # where first order is enough
     assert (logits(other, tokens) - logits(model, tokens)).abs().max() < 1e-4
     idx, targets = remix.sequences(16, "bytes", 257, None, 32)
-    lines = remix.measure(model, other, idx, targets)
+    lines = remix.report_differences(model, other, idx, targets)
     assert lines[0] == "measured on 32 random tokens:" and "an entry of M is off by" in lines[1]
 
 
@@ -349,7 +349,7 @@ def test_phi_is_left_out_where_it_misleads_and_kept_where_it_helps(tokens):
                 module.alpha.data[2] = 0.02
         other, off = remix.with_mixer(model, new, None, {})
         mapped = remix.mean_differences(model, other, tokens)
-        left_out = remix.drop_what_misleads(model, other, tokens)
+        left_out = remix.drop_misleading_rows(model, other, tokens)
         after = remix.mean_differences(model, other, tokens)
         assert bool(left_out) == misled
         for name in off:

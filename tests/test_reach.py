@@ -17,7 +17,7 @@ from dev.reach import (
     cycles,
     descend,
     distance,
-    looks,
+    kept_steps,
     make_targets,
     mixtures,
     show_in_turn,
@@ -97,13 +97,13 @@ def test_a_descent_keeps_its_best_not_its_last():
         return M.sum((-2, -1)) * 0 + len(calls)
 
     logits = start_logits("tbp", 3, 0.01).double()[None]
-    assert descend("tbp", 3, logits, rising, steps=5).flatten().tolist() == [1] * len(looks(5))
+    assert descend("tbp", 3, logits, rising, steps=5).flatten().tolist() == [1] * len(kept_steps(5))
 
 
-def test_looks_lie_between_the_start_and_the_end():
-    assert looks(1) == [0, 1]
-    assert looks(5) == [0, 1, 2, 3, 4, 5]
-    assert looks(1000)[-3:] == [562, 750, 1000]
+def test_kept_steps_lie_between_the_start_and_the_end():
+    assert kept_steps(1) == [0, 1]
+    assert kept_steps(5) == [0, 1, 2, 3, 4, 5]
+    assert kept_steps(1000)[-3:] == [562, 750, 1000]
 
 
 def test_one_command_writes_numbers_and_a_figure(tmp_path):
