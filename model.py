@@ -397,39 +397,35 @@ class GPT(nn.Module):
                 f"connection_lr = {connection_lr} and decay_phi = {decay_phi} are for "
                 f"hyper-connections, and {self.config.mixer} has none; leave them at 1 and True"
             )
-        with_decay = {(nn.Linear, "weight"), (nn.Embedding, "weight")}
-        without = {
-            (nn.Linear, "bias"),
-            (nn.LayerNorm, "weight"),
-            (nn.LayerNorm, "bias"),
-            (Coefficients, "alpha"),
-            (Coefficients, "bias"),
-            (Embedding, "offsets"),
-            (Block, "x0_scalars"),
+        decays = {
+            (nn.Linear, "weight"): True,
+            (nn.Linear, "bias"): False,
+            (nn.Embedding, "weight"): True,
+            (nn.LayerNorm, "weight"): False,
+            (nn.LayerNorm, "bias"): False,
+            (Coefficients, "phi"): decay_phi,
+            (Coefficients, "alpha"): False,
+            (Coefficients, "bias"): False,
+            (Embedding, "offsets"): False,
+            (Block, "x0_scalars"): False,
         }
-        if decay_phi:
-            with_decay.add((Coefficients, "phi"))
-        else:
-            without.add((Coefficients, "phi"))
-
         groups = {}  # (whether it decays, lr_factor): parameters
         for module_name, module in self.named_modules():
             kind = Coefficients if isinstance(module, Coefficients) else type(module)
             factor = connection_lr if kind is Coefficients else 1.0
             for name, parameter in module.named_parameters(recurse=False):
-                if (kind, name) not in with_decay | without:
+                if (kind, name) not in decays:
                     raise RuntimeError(
                         f"parameter_groups does not know the role of {module_name}.{name}"
                     )
-                decays = (kind, name) in with_decay
-                groups.setdefault((decays, factor), []).append(parameter)
+                groups.setdefault((decays[kind, name], factor), []).append(parameter)
         return [
             {
-                "params": groups[decays, factor],
-                "weight_decay": weight_decay if decays else 0.0,
+                "params": parameters,
+                "weight_decay": weight_decay if decaying else 0.0,
                 "lr_factor": factor,
             }
-            for decays, factor in sorted(groups, reverse=True)
+            for (decaying, factor), parameters in sorted(groups.items(), reverse=True)
         ]
 
     def parameter_counts(self):
