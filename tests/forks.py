@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -178,11 +179,44 @@ def become(job, output):
     os._exit(status)
 
 
+class Worker:
+    """A worker of torchrun in a fork of it, and not in a Python of its own, by subprocess.Popen."""
+
+    def __init__(self, args, env, **_):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            atexit._clear()  # torchrun's
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _python, _unbuffered, *command = args
+            become({"command": command, "patch": "", "env": env}, 1)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = status_of(self.pid, wait=False)
+        return self.returncode
+
+    def wait(self, timeout):
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a worker", timeout)
+            time.sleep(0.01)
+
+
 def run_as_main(name, *arguments):
     """A file, or -m and the name of a module, with its arguments."""
     if name == "-m":
         name, *arguments = arguments
         sys.argv = [name, *arguments]
+        if name == "torch.distributed.run":
+            from torch.distributed.elastic.multiprocessing.subprocess_handler import (
+                subprocess_handler,
+            )
+
+            subprocess_handler.Popen = Worker
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         sys.argv = [name, *arguments]

@@ -69,11 +69,12 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
 
     It ends with the bits of a run that was never killed.
     """
+    steps = 15 * kills
     tiny += [
-        "--max_iters=300",
+        f"--max_iters={steps}",
         "--checkpoint_interval=1",
         "--eval_interval=20",
-        "--lr_decay_iters=300",
+        f"--lr_decay_iters={steps}",
         "--init_from=auto",
         "--n_layer=1",
         "--n_streams=2",
@@ -98,7 +99,7 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
             os.kill(pid, signal.SIGKILL)
         output = process.finish()
         assert "finished" not in output, (
-            f"too fast for {kills} kills: after {killed} it was through; raise --max_iters"
+            f"too fast for {kills} kills: after {killed} it was through; take more steps"
         )
         killed += 1
         writing += any(out_dir.glob("*.tmp"))
@@ -109,7 +110,7 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
         "the same bits "
         f"({processes} process{'es' * (processes > 1)}, {'compiled' if compiled else 'eager'})"
     )
-    for name in ("ckpt_0000300.pt", "best.pt"):
+    for name in (f"ckpt_{steps:07d}.pt", "best.pt"):
         assert_same_run(tmp_path / "reference" / name, out_dir / name)
     assert records(out_dir) == records(tmp_path / "reference")
     assert not list(out_dir.glob("*.tmp"))

@@ -78,7 +78,7 @@ def test_learns_and_writes_what_it_did(tiny, tmp_path):
 
 def test_python_and_torchrun_of_one_process_are_the_same_run(tiny, tmp_path):
     run(*tiny)
-    run(*torchrun(1, *tiny, f"--out_dir={tmp_path}/torchrun"))
+    run(*torchrun(1, *tiny, f"--out_dir={tmp_path}/torchrun"), fresh=True)
     assert_same_run(tmp_path / "out" / "ckpt_0000006.pt", tmp_path / "torchrun" / "ckpt_0000006.pt")
 
 
