@@ -1,5 +1,6 @@
 """study.py, with runs of four steps that really go through train.py."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -11,9 +12,11 @@ import threading
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, records, run
+from forks import Script
 
 import comparison
 import grid
@@ -34,11 +37,19 @@ seeds = 2
 """
 
 
+@contextlib.contextmanager
+def handlers_kept():
+    """study.py sets handlers of signals, for a process that ends with it."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """study.py with arguments, in a folder of its own; its output. `ok=False`: it must fail."""
     monkeypatch.chdir(tmp_path)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
 
     def call_study(*arguments, ok=True):
         monkeypatch.setattr("sys.argv", ["study.py", *map(str, arguments)])
@@ -51,9 +62,8 @@ def call(tmp_path, monkeypatch, capsys):
         captured = capsys.readouterr()
         return captured.out + captured.err + error
 
-    yield call_study
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    with handlers_kept():
+        yield call_study
 
 
 def write_study(folder, data, more=""):
@@ -70,12 +80,37 @@ def tiny_study(tiny_data, tmp_path):
     return functools.partial(write_study, tmp_path, tiny_data)
 
 
+class ForkedRun(Script):
+    """In place of subprocess.Popen for a run, which then need not import torch."""
+
+    def __init__(self, words, env, stdout, **_):
+        patch = f"os.chdir({os.getcwd()!r})\n"
+        patch += f"log = os.open({stdout.name!r}, os.O_WRONLY | os.O_APPEND)\n"
+        patch += "os.dup2(log, 1), os.dup2(log, 2)"
+        super().__init__(words[1:], patch, env)
+
+    def poll(self):
+        if super().poll() is not None:
+            self.finish()
+        return self.returncode
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=ForkedRun))
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_data, tmp_path_factory):
-    """The folder of a study that has run, from the command line."""
+    """The folder of a study that has run."""
     folder = tmp_path_factory.mktemp("finished")
+    path = write_study(folder, tiny_data)
     places = f"--results={folder}/results", f"--out={folder}/out/studies"
-    output = run("study.py", write_study(folder, tiny_data), "--jobs=2", *places)
+    with pytest.MonkeyPatch.context() as patch, handlers_kept():
+        patch.setattr(study, "subprocess", SimpleNamespace(Popen=ForkedRun))
+        patch.setattr("sys.argv", ["study.py", str(path), "--jobs=2", *places])
+        study.main()
+    output = run("study.py", path, "--table", *places)
     assert "4 of 4 runs are here" in output and "| identity | 2 |" in output
     return folder
 
@@ -102,6 +137,7 @@ torch.optim.AdamW.step = stop
 """
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_a_study_that_was_cut_off_ends_with_the_same_table(call, finished, tmp_path):
     """Two runs are there, one was stopped after two of its four steps, one has not begun."""
     path, name = finished / "tiny.py", "out/studies/tiny"
@@ -125,6 +161,7 @@ def test_a_study_that_was_cut_off_ends_with_the_same_table(call, finished, tmp_p
     assert "0 to do" in call(path)
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
     call, finished, tmp_path, monkeypatch
 ):
@@ -151,6 +188,7 @@ def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
     assert rows(tmp_path) == rows(finished)
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_divergence_is_a_result_and_a_failure_is_not(call, tiny_study, tmp_path):
     """A rate of 1e38 makes the second step's loss infinite; n_head=3 does not divide n_embd."""
     path = tiny_study(
@@ -171,6 +209,7 @@ def test_divergence_is_a_result_and_a_failure_is_not(call, tiny_study, tmp_path)
 
 
 def test_a_kill_lets_the_run_write_a_checkpoint(call, tiny_study, tmp_path):
+    """A run in a process of its own, as a user's are."""
     path = tiny_study('knobs |= {"max_iters": 10**6, "checkpoint_interval": 10**6}\nseeds = 1\n')
     folder = tmp_path / "out/studies/tiny/residual/seed1"
 
