@@ -11,7 +11,7 @@ the paired difference). If nothing diverges, the table says up to which rate and
 references = ["residual", "tbp"]
 
 files = ["config/laptop.py", "config/deep.py"]
-seeds = 3
+seeds = 5
 sweep = {"learning_rate": [16e-3, 8e-3, 4e-3, 2e-3]}
 arms = {
     "hc": {"mixer": "hc"},
