@@ -21,7 +21,9 @@ Added after seed 3 of residual, tbp and hc: tbp_scale closes most of the gap, an
 exact M is that M with smaller or larger writes (LOG.md). So the same number without any mixing
 (residual_scale, identity_scale), and beside signs (orthogonal_scale): mixing matters beside the
 scale if the interval of tbp_scale minus residual_scale lies below 0, and scale and signs together
-explain the free M if the interval of hc minus orthogonal_scale holds 0."""
+explain the free M if the interval of hc minus orthogonal_scale holds 0. Whether that number must
+depend on the token (residual_scale_static), and whether it is a larger embedding
+(residual_scale_embed), counts against residual_scale in the same way."""
 
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
@@ -45,6 +47,18 @@ arms = {
     "tbp_free": {"mixer": "tbp", "gates": "free"},
     "tbp_scale": {"mixer": "tbp", "mix_scale": "sublayer"},
     "residual_scale": {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"},
+    "residual_scale_static": {
+        "mixer": "residual",
+        "n_streams": 1,
+        "mix_scale": "sublayer",
+        "dynamic": False,
+    },
+    "residual_scale_embed": {
+        "mixer": "residual",
+        "n_streams": 1,
+        "mix_scale": "sublayer",
+        "embed_scale": 8.0,
+    },
     "identity_scale": {"mixer": "identity", "mix_scale": "sublayer"},
     "orthogonal_scale": {"mixer": "orthogonal", "mix_scale": "sublayer"},
     "tbp_scale_embed": {"mixer": "tbp", "mix_scale": "sublayer", "embed_scale": 8.0},
