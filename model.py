@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from mixers import check_options, find_mixer, n_logits
 from passes import compiler_options, mean_square
 from streams import (
+    SEES,
     Coefficients,
     HyperConnection,
     ReadOut,
@@ -30,6 +31,7 @@ from streams import (
     ScaledResidual,
     Streams,
     check_choice,
+    fields_seen,
     start_streams,
 )
 
@@ -51,7 +53,7 @@ class GPTConfig:
     n_streams: int = 4  # n; 1 for the residual mixer
     dynamic: bool = True  # coefficients depend on the token; False: parameters of the layer
     gates: str = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
-    sees: str = "streams"  # what a, w and M depend on: all streams, or only the branch's input
+    sees: str = "streams"  # what a, w and M depend on; input, mean, shares, or several with +
     wraps: str = "sublayer"  # a hyper-connection around each sublayer, or each whole block
     mix_scale: str = "none"  # a learned factor of M: none, one a sublayer, one a stream
     mix_start: float = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T, if the mixer has it
@@ -87,13 +89,18 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         check_choice("stream_start", self.stream_start, ("equal", "learned"))
         check_choice("readout", self.readout, ("mean", "learned"))
-        check_choice("sees", self.sees, ("streams", "input"))
+        check_choice("sees", self.sees, SEES)
         check_choice("wraps", self.wraps, ("sublayer", "block"))
         check_choice("mix_scale", self.mix_scale, ("none", "sublayer", "stream"))
-        if self.sees == "input" and self.readout != "learned":
+        if self.sees != "streams" and self.readout != "learned":
             raise ValueError(
-                "with sees='input' the last sublayer learns what the head reads: readout must be "
-                f"'learned', not {self.readout!r}"
+                f"with sees={self.sees!r} the last sublayer learns what the head reads: readout "
+                f"must be 'learned', not {self.readout!r}"
+            )
+        if not self.dynamic and self.sees not in ("streams", "input"):
+            raise ValueError(
+                "with dynamic=False coefficients see nothing: sees must be 'streams', or 'input' "
+                f"to read ahead, not {self.sees!r}"
             )
         check_choice("stream_dtype", self.stream_dtype, ("auto", "float32", "bfloat16"))
         n_logits(self.mixer, self.n_streams)  # ValueError for an unknown mixer, or its n
@@ -231,7 +238,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.n_streams, self.dropout = config.n_streams, config.dropout
         self.dynamic = config.dynamic and not find_mixer(config.mixer).one_stream
-        self.read_ahead, self.scale = config.sees == "input", config.embed_scale
+        self.sees, self.scale = config.sees, config.embed_scale
         self.stream_dtype = config.stream_dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -251,12 +258,12 @@ class Embedding(nn.Module):
             x = x.to(getattr(torch, self.stream_dtype))
         elif torch.is_autocast_enabled(idx.device.type):
             x = x.to(torch.get_autocast_dtype(idx.device.type))
-        streams = start_streams(x, self.n_streams, self.offsets, self.read_ahead)
+        streams = start_streams(x, self.n_streams, self.offsets, self.sees)
         if not self.dynamic:
             return streams
         # Computed here, so that all blocks get the same kind of input and share one graph.
-        seen = streams.ahead[:, :, None] if self.read_ahead else streams.x
-        return streams._replace(mean_square=mean_square(seen))
+        seen = streams.select(fields_seen(self.sees))
+        return streams._replace(mean_square=mean_square(*seen))
 
 
 class Head(nn.Module):
@@ -274,8 +281,8 @@ class Head(nn.Module):
 
     def read(self, streams):
         """-> (B, T, C): the mean of the streams, a learned sum, or what was read ahead."""
-        if streams.ahead is not None:
-            return streams.ahead
+        if streams.input is not None:
+            return streams.input
         return self.read_out(streams) if self.read_out else streams.x.mean(2)
 
     def forward(self, streams, wte, targets=None):

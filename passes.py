@@ -35,9 +35,11 @@ def compiler_options():
 
 
 @torch.no_grad()
-def mean_square(x):
-    """x (B, T, n, C) -> (B, T) in float32, without a gradient: Project.backward adds it to x's."""
-    return at_least_float32(x).square().mean((-2, -1))
+def mean_square(*xs):
+    """xs, each (B, T, ...) -> (B, T) in float32, the mean square of all numbers of a token. It has
+    no gradient: Project.backward adds it to x's."""
+    numbers = torch.cat([at_least_float32(x).flatten(2) for x in xs], -1)
+    return numbers.square().mean(-1)
 
 
 # ---- from the streams to logits ------------------------------------------------------------------
@@ -46,31 +48,49 @@ def mean_square(x):
 class Project(torch.autograd.Function):
     """y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T), both in float32.
 
-    x (B, T, n, C), mean_square (B, T), phi (K, n*C). The caller needs phi @ RMSNorm(x), which is
+    mean_square (B, T) of x, phi (K, N) for N numbers of a token, then x: one tensor (B, T, ...), or
+    several that hold the N numbers one after the other. The caller needs phi @ RMSNorm(x), which is
     y * r: the norm is applied after the product, and the mean square comes from the pass that wrote
     x, so x is read once. In the backward x gets the gradient that goes through r too, and
     mean_square gets none.
     """
 
     @staticmethod
-    def forward(ctx, x, mean_square, phi):
-        flat = x.flatten(0, 1).flatten(1)  # (B*T, n*C)
-        y = matmul_float32(phi.to(x.dtype), flat.t()).unflatten(1, x.shape[:2])
+    def forward(ctx, *args):
+        mean_square, phi, *xs = args
+        products = [
+            matmul_float32(columns.to(x.dtype), flat_tokens(x).t())
+            for x, columns in zip(xs, columns_for(xs, phi))
+        ]
+        y = add_up(products).unflatten(1, mean_square.shape)
         r = torch.rsqrt(mean_square + 1e-6)
-        ctx.save_for_backward(x, phi, r)
+        ctx.save_for_backward(phi, r, *xs)
         return y, r
 
     @staticmethod
     def backward(ctx, grad_y, grad_r):
-        x, phi, r = ctx.saved_tensors
-        flat = x.flatten(0, 1).flatten(1)  # (B*T, n*C)
-        grad_y = grad_y.to(x.dtype).flatten(1)  # (K, B*T)
-        # r = (mean(x^2) + 1e-6)^(-1/2), so dr/dx = -r^3 x / (n C).
-        radial = (grad_r * r * r * r / flat.shape[1]).to(x.dtype)  # (B, T), for -x
-        with torch.autocast(x.device.type, enabled=False):
-            grad_x = grad_y.t() @ phi.to(x.dtype)
-        grad_x = grad_x.view_as(x) - x * radial[..., None, None]
-        return grad_x, None, matmul_float32(grad_y, flat)
+        phi, r, *xs = ctx.saved_tensors
+        dtype = xs[0].dtype
+        grad_y = grad_y.to(dtype).flatten(1)  # (K, B*T)
+        # r = (mean(x^2) + 1e-6)^(-1/2), so dr/dx = -r^3 x / N.
+        radial = (grad_r * r * r * r / phi.shape[1]).to(dtype)  # (B, T), for -x
+        grads, grad_phi = [], []
+        for x, columns in zip(xs, columns_for(xs, phi)):
+            with torch.autocast(x.device.type, enabled=False):
+                grad_x = grad_y.t() @ columns.to(dtype)
+            grads.append(grad_x.view_as(x) - x * radial[(..., *[None] * (x.ndim - 2))])
+            grad_phi.append(matmul_float32(grad_y, flat_tokens(x)))
+        return None, grad_phi[0] if len(xs) == 1 else torch.cat(grad_phi, 1), *grads
+
+
+def flat_tokens(x):
+    """x (B, T, ...) -> (B*T, numbers of a token)."""
+    return x.flatten(0, 1).flatten(1)
+
+
+def columns_for(xs, phi):
+    """phi (K, N) -> the columns that multiply the numbers of each of xs."""
+    return phi.split([x.shape[2:].numel() for x in xs], 1)
 
 
 class Logits(torch.autograd.Function):
@@ -202,12 +222,40 @@ class Write(torch.autograd.Function):
         return grad, grad_v, None, None, *sum_to_shape(w.shape[:-1], grad_planes)
 
 
+def mean_read(n, C, **kind):
+    return torch.full((n, 1), 1 / n, **kind)
+
+
+def shares_read(n, C, **kind):
+    stream = torch.arange(n, device=kind["device"])[:, None]
+    return (torch.arange(C, device=kind["device"]) % n == stream).to(kind["dtype"])
+
+
+# Vectors s_c = sum_i B_ic x_ic which coefficients may see, beside the branch's input: the functions
+# return B, (n, 1) or (n, C). "shares" has channel c of stream c % n: an n-th of each stream.
+FIXED_READS = {"mean": mean_read, "shares": shares_read}
+
+
+def fixed_weights(name, xs):
+    """The weights B_i (1,) or (C,) of each stream of xs, a list of (B, T, C) in float32."""
+    kind = {"dtype": xs[0].dtype, "device": xs[0].device}
+    return FIXED_READS[name](len(xs), xs[0].shape[-1], **kind).unbind(0)
+
+
+def fixed_read(name, xs):
+    """-> s (B, T, C)."""
+    return add_up([weight * x for weight, x in zip(fixed_weights(name, xs), xs)])
+
+
 class MixWriteReadAhead(torch.autograd.Function):
     """Mix, write and read ahead, in one pass over the streams.
 
-    x (B, T, n, C), v (B, T, C), a and w (B, T, n), M (B, T, n, n) or None for I, then the planes of
-    a, w and M. -> x'_i = sum_j M_ij x_j + w_i v (B, T, n, C), u' = sum_i a_i x'_i (B, T, C), both
-    in x's dtype, and the mean square of u' (B, T) in float32.
+    x (B, T, n, C), v (B, T, C), a and w (B, T, n), M (B, T, n, n) or None for I, the names of what
+    the next coefficients see, then the planes of a, w and M.
+
+    -> x'_i = sum_j M_ij x_j + w_i v (B, T, n, C); u' = sum_i a_i x'_i (B, T, C); the mean square of
+    what is seen (B, T) in float32; and those FIXED_READS of x' that are seen, each (B, T, C). All
+    but the mean square are in x's dtype.
 
     Each stream is a tensor of its own throughout, so that every loop runs over tokens and channels.
 
@@ -221,8 +269,9 @@ class MixWriteReadAhead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        x, v, a, w, M = args[:5]
+        x, v, a, w, M, seen = args[:6]
         ctx.save_for_backward(x, v, a, w, M)
+        ctx.fixed = [name for name in seen if name in FIXED_READS]
         xs, v = x.unbind(-2), at_least_float32(v)
         new = []
         for i in range(len(xs)):
@@ -231,17 +280,22 @@ class MixWriteReadAhead(torch.autograd.Function):
                 mixed = sum(M[..., i, j, None] * x_j for j, x_j in enumerate(xs))
             new.append(mixed + w[..., i, None] * v)
         u = sum(a[..., i, None] * x_i for i, x_i in enumerate(new))
-        mean_square = u.square().mean(-1)
+        fixed = [fixed_read(name, new) for name in ctx.fixed]
+        squares = [s.square().mean(-1) for s in ([u, *fixed] if "input" in seen else fixed)]
+        mean_square = add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
         ctx.mark_non_differentiable(mean_square)
         new = torch.stack([cast(x_i, x.dtype) for x_i in new], -2)
-        return new, cast(u, x.dtype), mean_square
+        return new, cast(u, x.dtype), mean_square, *[cast(s, x.dtype) for s in fixed]
 
     @staticmethod
-    def backward(ctx, grad, grad_u, _):
+    def backward(ctx, grad, grad_u, _, *grad_fixed):
         x, v, a, w, M = ctx.saved_tensors
         indices = range(x.shape[-2])
         xs = [at_least_float32(x_j) for x_j in x.unbind(-2)]
         grads = [at_least_float32(grad_i) for grad_i in grad.unbind(-2)]
+        for name, grad_s in zip(ctx.fixed, grad_fixed):
+            grad_s, weights = at_least_float32(grad_s), fixed_weights(name, xs)
+            grads = [grad_i + weight * grad_s for grad_i, weight in zip(grads, weights)]
         v32, grad_u = at_least_float32(v), at_least_float32(grad_u)
         a_planes, w_planes = a.unbind(-1), w.unbind(-1)
 
@@ -263,7 +317,15 @@ class MixWriteReadAhead(torch.autograd.Function):
         grad_x = torch.stack([grad_j.to(x.dtype) for grad_j in grad_x], -2)
         grad_v = sum(w[..., i, None] * G[i] for i in indices).to(v.dtype)
         planes = sum_to_shape(a.shape[:-1], [*grad_a, *grad_w, *grad_M])
-        return grad_x, grad_v, None, None, None, *planes
+        return grad_x, grad_v, None, None, None, None, *planes
+
+
+def add_up(tensors):
+    """Their sum. Python's sum() would add them to 0, one operation more."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
 
 
 def sum_to_shape(shape, planes):

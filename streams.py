@@ -26,6 +26,7 @@ from mixers import (
     start_logits,
 )
 from passes import (
+    FIXED_READS,
     Logits,
     MixWriteReadAhead,
     Project,
@@ -33,6 +34,7 @@ from passes import (
     Write,
     at_least_float32,
     combine,
+    fixed_read,
     mean_square,
     stacked_logits,
 )
@@ -42,17 +44,26 @@ class Streams(NamedTuple):
     """The residual state between two sublayers.
 
     x            (B, T, n, C)
-    mean_square  (B, T) in float32: the mean of x^2 over streams and channels; where there is a
-                 vector ahead, the mean of its squares. It travels with x because the pass that
-                 writes x computes it on the way. None after a static sublayer: a dynamic sublayer
-                 that follows computes it.
-    ahead        u (B, T, C), which the next branch reads, where sublayers read ahead (sees="input"
-                 of HyperConnection); else None
+    mean_square  (B, T) in float32: the mean square of all numbers of a token that coefficients see.
+                 It travels with x because the pass that writes x computes it on the way. None after
+                 a static sublayer: a dynamic sublayer that follows computes it.
+
+    The others are None, but where sublayers read ahead (`sees` of HyperConnection); (B, T, C) each:
+
+    input        u, which the next branch reads
+    mean         the mean of the streams, if coefficients see it
+    shares       an n-th of each stream, if coefficients see it: channel c is that of stream c % n
     """
 
     x: torch.Tensor
     mean_square: torch.Tensor | None
-    ahead: torch.Tensor | None = None
+    input: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+
+    def select(self, fields):
+        """-> the tensors of these fields."""
+        return [getattr(self, field) for field in fields]
 
     def at(self, positions):
         """-> Streams of one token a sequence (T = 1): of sequence b, token positions[b]."""
@@ -60,15 +71,40 @@ class Streams(NamedTuple):
         return Streams(*(None if t is None else t[sequences, positions][:, None] for t in self))
 
 
-def start_streams(x, n_streams, offsets=None, read_ahead=False):
+# What coefficients may see: all streams, or one or more vectors of C numbers. Vectors are written
+# along with the streams, so that a sublayer passes over the streams once; reads are taken ahead.
+VECTORS = ("input", *FIXED_READS)
+SEES = ("streams",) + tuple(
+    "+".join(names) for k in (1, 2, 3) for names in itertools.combinations(VECTORS, k)
+)
+
+
+def fields_seen(sees):
+    """One of SEES -> the fields of Streams that it means."""
+    return ("x",) if sees == "streams" else tuple(sees.split("+"))
+
+
+def start_streams(x, n_streams, offsets=None, sees="streams"):
     """x (B, T, C) -> Streams: n copies of x, plus offsets (n, C) if there are any.
 
-    read_ahead: the first sublayer reads ahead, so the mean of the streams is what its branch reads.
+    Where sublayers read ahead, the first branch reads the mean of the streams.
     """
     x = x[:, :, None].repeat(1, 1, n_streams, 1)
     if offsets is not None:
         x = x + offsets.to(x.dtype)
-    return Streams(x, None, x.mean(2) if read_ahead else None)
+    if sees == "streams":
+        return Streams(x, None)
+    return with_fixed_reads(Streams(x, None, x.mean(2)), fields_seen(sees))
+
+
+def with_fixed_reads(streams, fields):
+    """Streams -> Streams that have those of the fields that are FIXED_READS."""
+    reads = {}
+    for name in fields:
+        if name in FIXED_READS:
+            read = fixed_read(name, at_least_float32(streams.x).unbind(2))
+            reads[name] = read.to(streams.x.dtype)
+    return streams._replace(**reads)
 
 
 # ---- the modules around a branch -----------------------------------------------------------------
@@ -95,6 +131,7 @@ class Coefficients(nn.Module):
     sizes     how many logits each part has, such as (read, write, mix); each part has its own alpha
     squashed  for each part, whether f is tanh; otherwise f is the identity
     n_seen    how many numbers of a token phi multiplies
+    seen      the fields of Streams that hold these numbers
 
     A subclass defines `start_bias()`, the bias at the start, and `coefficients_of(*parts)`, from
     logits to coefficients. Its __init__ ends with `reset_parameters()`, which calls start_bias.
@@ -104,8 +141,9 @@ class Coefficients(nn.Module):
     list.
     """
 
-    def __init__(self, sizes, squashed, n_streams, n_seen, dynamic, alpha_start):
+    def __init__(self, sizes, squashed, n_streams, n_seen, dynamic, alpha_start, seen=("x",)):
         super().__init__()
+        self.seen = seen
         self.sizes, self.squashed, self.dynamic = sizes, squashed, dynamic
         self.alpha_start = alpha_start
         self.stacked = n_streams > FEW_STREAMS
@@ -131,10 +169,10 @@ class Coefficients(nn.Module):
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         if not self.dynamic:
             return recompute(self.static_coefficients, self.bias)
-        square = streams.mean_square
+        seen, square = streams.select(self.seen), streams.mean_square
         if square is None:
-            square = mean_square(streams.x)
-        y, r = Project.apply(streams.x, square, self.phi)
+            square = mean_square(*seen)
+        y, r = Project.apply(square, self.phi, *seen)
         return recompute(self.dynamic_coefficients, y, r, self.alpha, self.bias)
 
     def dynamic_coefficients(self, y, r, alpha, bias):
@@ -208,11 +246,12 @@ class HyperConnection(Coefficients):
     mix_scale   a learned factor of M, 1 at the start: "none", one for the "sublayer", or one for
                 each "stream" (a row of M). The mixer's matrix is doubly stochastic; the product M
                 is not. A factor is exp(logit), and its logit shares alpha_mix.
-    sees        what a, w and M depend on: all "streams", as in the papers, or only the branch's
-                "input" u, so that phi is n times smaller. With "input" the module also computes
-                what the next branch reads, u' = sum_i a_i x'_i with a from this sublayer's u: one
-                pass over the streams mixes, writes and reads. The first branch reads the mean.
-    last        with sees="input": the last sublayer, whose u' the head reads; a starts at 1/n
+    sees        what a, w and M depend on: all "streams", as in the papers; or the branch's "input"
+                u, the "mean" of the streams, their "shares" (an n-th of each stream's channels), or
+                several of the three, as in "input+mean". phi then has C columns for each, and the
+                module also computes what the next branch reads, u' = sum_i a_i x'_i: one pass over
+                the streams mixes, writes and reads. The first branch reads the mean.
+    last        unless sees="streams": the last sublayer, whose u' the head reads; a starts at 1/n
     options     the mixer's own, by name
     ValueError for a value that is not allowed.
     """
@@ -240,7 +279,7 @@ class HyperConnection(Coefficients):
         check_options(mixer, options)
         check_between_0_and_1(mix_start=mix_start, read_start=read_start)
         check_choice("gates", gates, ("auto", "bounded", "exp", "free"))
-        check_choice("sees", sees, ("streams", "input"))
+        check_choice("sees", sees, SEES)
         check_choice("mix_scale", mix_scale, ("none", "sublayer", "stream"))
 
         squash_mix = not find_mixer(mixer).bounded
@@ -249,11 +288,12 @@ class HyperConnection(Coefficients):
         n_scales = {"none": 0, "sublayer": 1, "stream": n_streams}[mix_scale]
         sizes = (n_streams, n_streams, K + n_scales)  # read, write, mix
         squashed = (gates == "free", gates == "free", squash_mix)
-        n_seen = n_streams * n_embd if sees == "streams" else n_embd
-        super().__init__(sizes, squashed, n_streams, n_seen, dynamic, alpha_start)
+        seen = fields_seen(sees)
+        n_seen = n_embd * (n_streams if sees == "streams" else len(seen))
+        super().__init__(sizes, squashed, n_streams, n_seen, dynamic, alpha_start, seen)
 
         self.mixer, self.n_streams, self.options = mixer, n_streams, options
-        self.read_ahead = sees == "input"
+        self.read_ahead = sees != "streams"
         reader = sublayer + self.read_ahead  # the sublayer whose branch reads with this module's a
         self.most_read = reader % n_streams
         reads_evenly = last and self.read_ahead
@@ -295,30 +335,33 @@ class HyperConnection(Coefficients):
 
     def forward(self, streams, branch):
         """Streams -> Streams. branch: (B, T, C) -> (B, T, C)."""
-        coefficients = self.coefficients(self.seen(streams))
-        if self.stacked:
-            return self.by_tensors(streams, branch, *coefficients)
-        return self.by_planes(streams, branch, *coefficients)
+        if not self.read_ahead:
+            by = self.by_tensors if self.stacked else self.by_planes
+            return by(streams, branch, *self.coefficients(streams))
+        # The branch first: what lies far from its use, in this order, compiled code keeps for the
+        # backward. After the coefficients, the branch's norm of u would be kept, in float32.
+        v = at_least_float32(branch(streams.input))
+        by = self.ahead_by_tensors if self.stacked else self.ahead_by_planes
+        return by(streams, v, *self.coefficients(streams))
 
     def by_planes(self, streams, branch, read, write, mix):
         """Forward for few streams. read, write, mix: lists of n, n and n^2 planes; no mix for I."""
-        x, n = streams.x, self.n_streams
-        planes = read + write + mix
-        values = torch.stack(planes, -1)  # (B, T, 2n + n^2), or 2n for M = I; (1, 1, ...) if static
-        a, w = values[..., :n], values[..., n : 2 * n]
-        M = values[..., 2 * n :].unflatten(-1, (n, n)) if mix else None
-
-        if self.read_ahead:
-            v = branch(streams.ahead)
-            new, ahead, square = MixWriteReadAhead.apply(x, v, a, w, M, *planes)
+        x = streams.x
+        a, w, M = stack_planes(read, write, mix)
+        if mix:
+            u, mixed = ReadAndMix.apply(x, a, M, *read, *mix)
         else:
-            ahead = None
-            if mix:
-                u, mixed = ReadAndMix.apply(x, a, M, *read, *mix)
-            else:
-                u, mixed = ReadAndMix.apply(x, a, None, *read), x
-            new, square = Write.apply(mixed, branch(u), w, x.dtype, *write)
-        return Streams(new, square if self.dynamic else None, ahead)
+            u, mixed = ReadAndMix.apply(x, a, None, *read), x
+        new, square = Write.apply(mixed, branch(u), w, x.dtype, *write)
+        return Streams(new, square if self.dynamic else None)
+
+    def ahead_by_planes(self, streams, v, read, write, mix):
+        """As `by_planes`, with the branch's output v (B, T, C), where reads are taken ahead."""
+        matrices, planes = stack_planes(read, write, mix), read + write + mix
+        passed = MixWriteReadAhead.apply(streams.x, v, *matrices, self.seen, *planes)
+        new, u, square, *fixed = passed
+        names = [name for name in self.seen if name in FIXED_READS]
+        return Streams(new, square if self.dynamic else None, u, **dict(zip(names, fixed)))
 
     def by_tensors(self, streams, branch, read, write, mix):
         """Forward for many streams: sums over the streams are matrix products.
@@ -326,41 +369,33 @@ class HyperConnection(Coefficients):
         read, write (n, B, T) and mix (n^2, B, T), or (n, 1, 1) and (n^2, 1, 1) if static; no mix
         for M = I.
         """
-        x, n = streams.x, self.n_streams
-        a = read.movedim(0, -1)[..., None, :]  # (B, T, 1, n)
-        w = write.movedim(0, -1)[..., None]  # (B, T, n, 1)
-        M = mix.movedim(0, -1).unflatten(-1, (n, n)) if len(mix) else None
-
-        if self.read_ahead:
-            u = streams.ahead
-            mixed = x if M is None else combine(M, x)
-        elif M is None:
-            u, mixed = combine(a, x)[..., 0, :].to(x.dtype), x
-        else:
-            sums = combine(torch.cat([a, M], -2), x)  # (B, T, 1 + n, C): u, then the mixed streams
-            u, mixed = sums[..., 0, :].to(x.dtype), sums[..., 1:, :]
+        x = streams.x
+        a, w, M = as_matrices(read, write, mix)
+        sums = combine(a if M is None else torch.cat([a, M], -2), x)  # u, then the mixed streams
+        u = sums[..., 0, :].to(x.dtype)
+        mixed = x if M is None else sums[..., 1:, :]
         new = mixed + w * branch(u)[..., None, :]  # float32
+        return Streams(new.to(x.dtype), mean_square(new) if self.dynamic else None)
 
-        if not self.read_ahead:
-            return Streams(new.to(x.dtype), mean_square(new) if self.dynamic else None)
-        new = new.to(x.dtype)
-        ahead = combine(a, new)  # (B, T, 1, C) in float32
-        square = mean_square(ahead) if self.dynamic else None
-        return Streams(new, square, ahead.squeeze(-2).to(x.dtype))
-
-    def seen(self, streams):
-        """What the coefficients depend on, as Streams: all streams, or u as a single one."""
-        if self.read_ahead:
-            return Streams(streams.ahead[:, :, None], streams.mean_square)
-        return streams
+    def ahead_by_tensors(self, streams, v, read, write, mix):
+        """As `by_tensors`, with the branch's output v (B, T, C), where reads are taken ahead."""
+        x = streams.x
+        a, w, M = as_matrices(read, write, mix)
+        mixed = x if M is None else combine(M, x)
+        new = (mixed + w * v[..., None, :]).to(x.dtype)
+        u = combine(a, new).squeeze(-2).to(x.dtype)
+        streams = with_fixed_reads(Streams(new, None, u), self.seen)
+        if not self.dynamic:
+            return streams
+        return streams._replace(mean_square=mean_square(*streams.select(self.seen)))
 
     @torch.no_grad()
     def observe(self, streams):
         """-> a (B, T, n), w (B, T, n) and M (B, T, n, n) of every token, in float32.
 
-        With sees="input", a gives what the next sublayer reads."""
+        Unless sees="streams", a gives what the next sublayer reads."""
         (B, T, n, _), device = streams.x.shape, streams.x.device
-        read, write, mix = self.coefficients(self.seen(streams))
+        read, write, mix = self.coefficients(streams)
         a, w = (torch.stack([*planes], -1).expand(B, T, n) for planes in (read, write))
         M = torch.eye(n, device=device)
         if len(mix):
@@ -392,6 +427,21 @@ class ReadOut(Coefficients):
         if self.stacked:
             return combine(read.movedim(0, -1)[..., None, :], x).squeeze(-2).to(x.dtype)
         return ReadAndMix.apply(x, torch.stack(read, -1), None, *read)
+
+
+def stack_planes(read, write, mix):
+    """Lists of planes -> a and w (B, T, n), M (B, T, n, n), or None without planes of it."""
+    n = len(read)
+    values = torch.stack(read + write + mix, -1)  # (1, 1, ...) if static
+    M = values[..., 2 * n :].unflatten(-1, (n, n)) if mix else None
+    return values[..., :n], values[..., n : 2 * n], M
+
+
+def as_matrices(read, write, mix):
+    """Stacked planes -> a (B, T, 1, n), w (B, T, n, 1), M (B, T, n, n), or None without planes."""
+    n = len(read)
+    a, w = read.movedim(0, -1)[..., None, :], write.movedim(0, -1)[..., None]
+    return a, w, mix.movedim(0, -1).unflatten(-1, (n, n)) if len(mix) else None
 
 
 def split_planes(planes, sizes):

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from generate import Decoder, generate
 from mixers import MIXERS, Mixer, n_logits
 from model import GPT, GPTConfig
-from streams import Coefficients, HyperConnection
+from streams import SEES, Coefficients, HyperConnection
 
 SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)
 MIXING = [name for name in MIXERS if not MIXERS[name].one_stream]
@@ -107,14 +107,25 @@ def test_every_knob_starts_as_the_plain_gpt(mixer, dynamic, knobs, tokens):
     assert (logits - plain).abs().max() < 1e-6
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("mixer", MIXING)
+@pytest.mark.parametrize("sees", SEES)
+def test_whatever_coefficients_see_the_start_is_the_plain_gpt(mixer, sees, tokens):
+    plain = build("residual")(tokens)[0]
+    logits = build(mixer, sees=sees, readout="learned")(tokens)[0]
+    assert (logits - plain).abs().max() < 1e-6
+
+
 LEAN = {"sees": "input", "readout": "learned"}
+FORMS = [
+    *((dynamic, LEAN) for dynamic in (True, False)),
+    *((dynamic, LEAN | {"wraps": "block"}) for dynamic in (True, False)),
+    *((dynamic, {"wraps": "block"}) for dynamic in (True, False)),
+    *((True, LEAN | {"sees": sees}) for sees in ("shares", "input+mean")),
+]
 
 
-FORMS = [LEAN, LEAN | {"wraps": "block"}, {"wraps": "block"}]
-
-
-@pytest.mark.parametrize("knobs", FORMS)
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dynamic, knobs", FORMS)
 def test_other_forms_learn_and_generate_as_the_usual_one(knobs, dynamic, tokens):
     """A few sequences learned; the cache of generation."""
     model = build("tbp", n_streams=2, dynamic=dynamic, stream_start="learned", **knobs)
@@ -131,8 +142,7 @@ def compile_regions(model, backend):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
-@pytest.mark.parametrize("knobs", FORMS)
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dynamic, knobs", FORMS)
 def test_other_forms_compile_as_the_usual_one(backend, knobs, dynamic, tokens):
     torch.compiler.reset()
     counters.clear()
@@ -329,7 +339,12 @@ def test_counts_and_flops():
         (dict(alpha_start=0.0), "alpha_start must be above 0, not 0.0"),
         (dict(embed_scale=0.0), "embed_scale must be above 0, not 0.0"),
         (dict(sees="input"), "readout must be 'learned', not 'mean'"),
-        (dict(sees="u"), "sees must be one of streams, input, not 'u'"),
+        (dict(sees="u"), "sees must be one of streams, input, mean, .*, not 'u'"),
+        (dict(sees="input+mean"), "with sees='input.mean' .* 'learned', not 'mean'"),
+        (
+            dict(sees="mean", readout="learned", dynamic=False),
+            "dynamic=False coefficients see nothing: .* not 'mean'",
+        ),
         (dict(wraps="model"), "wraps must be one of sublayer, block, not 'model'"),
         (dict(mixer="residual", n_streams=1, wraps="block"), "wraps must be 'sublayer'"),
         (

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from mixers import MIXERS, Mixer, ds_error, mixing_matrix, n_logits
 from passes import mean_square
 from streams import (
+    SEES,
+    VECTORS,
     HyperConnection,
     ReadOut,
     Residual,
@@ -56,11 +58,14 @@ def plain_hyper_connection(hc, x, branch):
     return torch.einsum("btij,btjc->btic", M, x) + w[..., None] * v[:, :, None]
 
 
-def plain_read_ahead(hc, x, u, branch):
-    """x'_i = sum_j M_ij x_j + w_i F(u), u' = sum_i a_i x'_i, with coefficients that see u."""
-    a, w, M = plain_coefficients(hc, u[:, :, None])
+def plain_read_ahead(hc, x, seen, u, branch):
+    """x'_i = sum_j M_ij x_j + w_i F(u), u' = sum_i a_i x'_i, with coefficients that see vectors
+    (B, T, m, C). What follows x' (B, T, n, C) in the result is u', the mean of x', its shares."""
+    a, w, M = plain_coefficients(hc, seen)
     new = torch.einsum("btij,btjc->btic", M, x) + w[..., None] * branch(u)[:, :, None]
-    return new, torch.einsum("bti,btic->btc", a, new)
+    n, C = new.shape[2:]
+    shares = torch.stack([new[:, :, c % n, c] for c in range(C)], -1)
+    return new, torch.einsum("bti,btic->btc", a, new), new.mean(2), shares
 
 
 def noisy(module, seed=0):
@@ -115,24 +120,48 @@ def test_hyper_connection_and_its_gradients_are_the_plain_formulas(name, knobs, 
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_reading_ahead_and_its_gradients_are_the_plain_formulas(name, knobs, dynamic, n):
-    knobs = {"dynamic": dynamic, "mix_start": 0.3, "sees": "input", **knobs}
-    hc = noisy(HyperConnection(name, n, 6, **knobs))
+    check_reading_ahead(name, n, {"dynamic": dynamic, **knobs}, "input")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sees", [sees for sees in SEES if sees not in ("streams", "input")])
+@pytest.mark.parametrize("name", ["identity", "tbp", "hc"])
+@pytest.mark.parametrize("n", [2, 4, 6])
+def test_what_coefficients_see_and_its_gradients_are_the_plain_formulas(name, sees, n):
+    check_reading_ahead(name, n, {}, sees)
+
+
+def check_reading_ahead(name, n, knobs, sees):
+    """Against plain_read_ahead, for arbitrary vectors seen."""
+    hc = noisy(HyperConnection(name, n, 6, mix_start=0.3, sees=sees, **knobs))
     branch = noisy(torch.nn.Linear(6, 6))
     x = torch.randn(2, 3, n, 6, dtype=torch.float64, requires_grad=True)
-    u = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    new = hc(Streams(x, mean_square(u[:, :, None]), u), branch)
-    plain = plain_read_ahead(hc, x, u, branch)
-    if dynamic:
-        torch.testing.assert_close(new.mean_square, (new.ahead**2).mean(-1))
-    mine, plain = (torch.cat([x_, u_[:, :, None]], 2) for x_, u_ in ((new.x, new.ahead), plain))
-    assert_same_with_gradients(mine, plain, [x, u, *hc.parameters(), *branch.parameters()])
+    vectors = torch.randn(3, 2, 3, 6, dtype=torch.float64, requires_grad=True)
+    given = dict(zip(VECTORS, vectors))
+    seen = torch.stack([given[name] for name in sees.split("+")], 2)
+    new = hc(Streams(x, mean_square(seen), **given), branch)
+
+    plain = dict(zip(("x", *VECTORS), plain_read_ahead(hc, x, seen, given["input"], branch)))
+    names = [name for name in VECTORS if name in ("input", *sees.split("+"))]
+    if hc.dynamic:
+        square = torch.stack([plain[name] for name in sees.split("+")]).square().mean((0, -1))
+        torch.testing.assert_close(new.mean_square, square)
+    assert all(getattr(new, name) is None for name in VECTORS if name not in names)
+    mine, plain = (
+        torch.cat([x_, torch.stack(ahead, 2)], 2)
+        for x_, ahead in (
+            (new.x, new.select(names)),
+            (plain["x"], [plain[name] for name in names]),
+        )
+    )
+    assert_same_with_gradients(mine, plain, [x, vectors, *hc.parameters(), *branch.parameters()])
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("last", [True, False])
 def test_reading_ahead_starts_at_the_next_sublayer_s_read(last):
     """Sublayer l hands on a read of stream (l + 1) % n, the last sublayer the mean."""
-    streams = start_streams(torch.randn(1, 1, 6), 3, read_ahead=True)
+    streams = start_streams(torch.randn(1, 1, 6), 3, sees="input")
     hc = HyperConnection("tbp", 3, 6, sublayer=4, read_start=0.6, sees="input", last=last)
     expected = torch.full((3,), 1 / 3) if last else torch.tensor([0.2, 0.2, 0.6])
     torch.testing.assert_close(hc.observe(streams)[0][0, 0], expected)
@@ -227,6 +256,20 @@ def test_learned_offsets_are_added_to_the_copies():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("sees", SEES)
+def test_what_the_first_coefficients_see(sees):
+    x, offsets = torch.randn(2, 3, 6), torch.randn(4, 6)
+    streams = start_streams(x, 4, offsets, sees)
+    mean = x + offsets.mean(0)
+    shares = x + torch.stack([offsets[c % 4, c] for c in range(6)])
+    for name, expected in (("input", mean), ("mean", mean), ("shares", shares)):
+        if name in sees or (name == "input" and sees != "streams"):
+            torch.testing.assert_close(getattr(streams, name), expected)
+        else:
+            assert getattr(streams, name) is None
+
+
+@pytest.mark.quick
 def test_scaled_rows():
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     logits = [torch.tensor(0.0), torch.tensor(math.log(3.0))]
@@ -281,6 +324,7 @@ def test_coefficients_are_float32_in_a_bfloat16_model(name, dynamic):
         (lambda: HyperConnection("tbp", 4, 8, gates="open"), "not 'open'"),
         (lambda: HyperConnection("residual", 1, 8), "use streams.Residual"),
         (lambda: HyperConnection("tbp", 4, 8, mix_scale="token"), "not 'token'"),
+        (lambda: HyperConnection("tbp", 4, 8, sees="mean+input"), "not 'mean+input'"),
     ],
 )
 def test_refusals_name_the_value(call, says):

@@ -5,7 +5,8 @@ decision = """\
 A lean form is as good as tbp if the 95 % interval of their paired difference lies within .01 of 0,
 and worse if it leaves out 0 on the upper side. The ends of the scale are tbp, whose coefficients
 see all streams, and identity. tbp_ends separates what a learned read-out and a learned start of the
-streams earn, since every lean form has the former."""
+streams earn, since every lean form has the former. tbp_lean_fast separates what coefficients see
+from how fast they learn: phi with n times fewer columns moves its logits n times less a step."""
 references = ["residual", "tbp"]
 
 files = ["config/laptop.py", "config/deep.py"]
@@ -16,6 +17,10 @@ arms = {
     "residual": {"mixer": "residual", "n_streams": 1},
     "tbp": {"mixer": "tbp"},
     "tbp_lean": {"mixer": "tbp", **_lean},
+    "tbp_lean_fast": {"mixer": "tbp", **_lean, "connection_lr": 4.0},
+    "tbp_shares": {"mixer": "tbp", **_lean, "sees": "shares"},
+    "tbp_input_mean": {"mixer": "tbp", **_lean, "sees": "input+mean"},
+    "tbp_input_shares": {"mixer": "tbp", **_lean, "sees": "input+shares"},
     "tbp_lean_block": {"mixer": "tbp", "wraps": "block", **_lean},
     "tbp_block": {"mixer": "tbp", "wraps": "block"},
     "tbp_ends": {"mixer": "tbp", "readout": "learned", "stream_start": "learned"},
