@@ -131,6 +131,15 @@ class Decoder:
         return torch.zeros(self.rows, vocab_size, dtype=self.dtype, device=self.device)
 
 
+def step_logits(decoder):
+    """{"logits": (B, V)} of a step after texts that fill half of the cache: what
+    compiler.on_trial compares."""
+    texts = [[row] * math.ceil(decoder.length / 2) for row in range(decoder.rows)]
+    decoder.prefill(list(range(decoder.rows)), texts)
+    tokens = torch.zeros(decoder.rows, dtype=torch.int64, device=decoder.device)
+    return {"logits": decoder.step(tokens, [False] * decoder.rows)}
+
+
 def cache_length(length, block_size):
     """Room for `length` tokens: a multiple of 128, so that few lengths mean few graphs."""
     return min(math.ceil(length / 128) * 128, block_size)

@@ -16,7 +16,6 @@ name ends in .jsonl, a line is an object with a "prompt". Its other fields come 
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 import compiler
 from configurator import at_least, configure
 from corpus import read_whole
-from generate import Decoder, cast_weights, generate
+from generate import Decoder, cast_weights, generate, step_logits
 from runtime import pick_device, run_script
 from tokenizer import END_OF_TEXT, clean
 from trained import activation_dtype, open_trained
@@ -146,14 +145,6 @@ class Speed:
 
 def rate(tokens, seconds):
     return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tok/s"
-
-
-def step_logits(decoder):
-    """{"logits": (B, V)} of a step after texts that fill half of the cache."""
-    texts = [[row] * math.ceil(decoder.length / 2) for row in range(decoder.rows)]
-    decoder.prefill(list(range(decoder.rows)), texts)
-    tokens = torch.zeros(decoder.rows, dtype=torch.int64, device=decoder.device)
-    return {"logits": decoder.step(tokens, [False] * decoder.rows)}
 
 
 def write_samples(decoder, trained, texts, numbers, speed, show=None):

@@ -22,10 +22,11 @@ import time
 import torch
 from torch.nn import functional as F
 
+import compiler
 import runtime
 from configurator import configure
 from dev.table import print_table
-from generate import Decoder, cast_weights, sample_token
+from generate import Decoder, cast_weights, sample_token, step_logits
 from model import GPT, GPTConfig
 
 mixers = "residual,tbp"  # names of mixers.MIXERS
@@ -94,6 +95,7 @@ class Times:
 
 
 def main():
+    compiler.prepare(compile)
     plain = build("residual")
     models = {name: build(name) for name in mixers.split(",")}
     activations = getattr(torch, dtype)
@@ -105,7 +107,8 @@ def main():
             cast_weights(model, activations)
         decoders[name] = Decoder(model, rows, length, dtype=activations)
         if compile:
-            decoders[name].compile()
+            with compiler.on_trial(activations, step_logits, decoders[name]):
+                decoders[name].compile()
         logits[name] = decoders[name].prefill(list(range(rows)), [[0] * prompt_tokens] * rows)
         began = time.perf_counter()
         logits[name] = decoder_step(decoders[name], logits[name], numbers)

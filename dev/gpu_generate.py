@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+import compiler
 import runtime
 from configurator import configure
 from data import write_json
 from dev.table import print_table
-from generate import Decoder, cast_weights, generate
+from generate import Decoder, cast_weights, generate, step_logits
 from mixers import find_mixer
 from model import GPT, GPTConfig
 
@@ -80,7 +81,8 @@ def take_turns(models, sequences, activations):
     }
     if compile:
         for decoder in decoders.values():
-            decoder.compile()
+            with compiler.on_trial(decoder.dtype, step_logits, decoder):
+                decoder.compile()
     seconds = {mixer: [] for mixer in models}
     for _ in range(rounds + 1):
         for mixer, decoder in decoders.items():
@@ -108,6 +110,7 @@ def table_rows(models, sequences, seconds):
 
 
 def main():
+    compiler.prepare(compile)
     path = Path(folder) / "generate.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     where = runtime.pick_device(device)

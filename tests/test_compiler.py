@@ -69,7 +69,7 @@ def test_the_tested_versions_hold_the_one_here():
     assert compiler.torch_is_tested(), f"{torch.__version__} is not in compiler.TESTED_TORCH"
 
 
-# ---- what sample.py and eval.py compile ----------------------------------------------------------
+# ---- what is compiled without training -----------------------------------------------------------
 
 # The step of a token, and the model, compute something else when they are compiled.
 BREAK_OUTPUTS = """
@@ -96,7 +96,11 @@ def commands(tmp_path_factory, tiny_data):
     device = ["--device=cpu", "--batch_size=2"]
     shape = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
     train = [*TINY, *shape, "--mixer=residual", "--n_streams=1", f"--data_dir={tiny_data}"]
+    few = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=128", "--vocab_size=64"]
+    few += ["--mixers=residual", "--prompt_tokens=4", "--new_tokens=4"]
     return {
+        "cpu_generate": ["dev/cpu_generate.py", *few, "--places=1", "--top_k=9"],
+        "gpu_generate": ["dev/gpu_generate.py", *few, "--rounds=1", f"--folder={folder}"],
         "train": ["train.py", *train, "--max_iters=1"],
         "sample": ["sample.py", f"--out_dir={folder}", *device, "--max_new_tokens=3"],
         "eval": ["eval.py", f"--out_dir={folder}", *device, f"--data={tiny_data}/tiny"],
@@ -107,7 +111,7 @@ def commands(tmp_path_factory, tiny_data):
     }
 
 
-@pytest.mark.parametrize("script", ["sample", "eval"])
+@pytest.mark.parametrize("script", ["sample", "eval", "cpu_generate", "gpu_generate"])
 def test_an_untested_torch_must_compile_the_outputs_that_eager_mode_has(script, commands):
     output = run(*commands[script], ok=False, patch=BREAK_OUTPUTS)
     assert "compiles this model wrongly: logits (and" in output and "--compile=False" in output
