@@ -126,7 +126,7 @@ def test_bits_per_byte_of_a_uniform_model(tmp_path):
 
 
 def test_compiled_losses_are_the_eager_ones(tmp_path):
-    write_checkpoint(tmp_path, build())
+    write_checkpoint(tmp_path, build(mixer="residual", n_streams=1))
     (tmp_path / "text.txt").write_text("some text " * 10)
     eager, _ = evaluate(tmp_path, f"--data={tmp_path}/text.txt")
     compiled, _ = evaluate(tmp_path, f"--data={tmp_path}/text.txt", "--compile=True")

@@ -61,8 +61,8 @@ def comparable(name, weight):
         ("residual", False),
         ("hc", False),
         ("tbp", False),
-        ("tbp", True),
-        pytest.param("residual", True, marks=pytest.mark.long),
+        ("residual", True),  # whose kernels are the fewest
+        pytest.param("tbp", True, marks=pytest.mark.long),
         pytest.param("hc", True, marks=pytest.mark.long),
     ],
 )
