@@ -58,10 +58,8 @@ class Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         mean_square, phi, *xs = args
-        products = [
-            matmul_float32(columns.to(x.dtype), flat_tokens(x).t())
-            for x, columns in zip(xs, columns_for(xs, phi))
-        ]
+        columns = columns_for(xs, phi.to(xs[0].dtype))
+        products = [matmul_float32(c, flat_tokens(x).t()) for x, c in zip(xs, columns)]
         y = add_up(products).unflatten(1, mean_square.shape)
         r = torch.rsqrt(mean_square + 1e-6)
         ctx.save_for_backward(phi, r, *xs)
@@ -70,14 +68,14 @@ class Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_r):
         phi, r, *xs = ctx.saved_tensors
-        dtype = xs[0].dtype
-        grad_y = grad_y.to(dtype).flatten(1)  # (K, B*T)
+        phi = phi.to(xs[0].dtype)
+        grad_y = grad_y.to(phi.dtype).flatten(1)  # (K, B*T)
         # r = (mean(x^2) + 1e-6)^(-1/2), so dr/dx = -r^3 x / N.
-        radial = (grad_r * r * r * r / phi.shape[1]).to(dtype)  # (B, T), for -x
+        radial = (grad_r * r * r * r / phi.shape[1]).to(phi.dtype)  # (B, T), for -x
         grads, grad_phi = [], []
         for x, columns in zip(xs, columns_for(xs, phi)):
             with torch.autocast(x.device.type, enabled=False):
-                grad_x = grad_y.t() @ columns.to(dtype)
+                grad_x = grad_y.t() @ columns
             grads.append(grad_x.view_as(x) - x * radial[(..., *[None] * (x.ndim - 2))])
             grad_phi.append(matmul_float32(grad_y, flat_tokens(x)))
         return None, grad_phi[0] if len(xs) == 1 else torch.cat(grad_phi, 1), *grads
