@@ -20,11 +20,11 @@ import torch._functorch.config
 from torch import nn
 from torch.nn import functional as F
 
+from coefficients import Coefficients
 from mixers import check_options, find_mixer, n_logits
 from passes import compiler_options, mean_square
 from streams import (
     SEES,
-    Coefficients,
     HyperConnection,
     ReadOut,
     Residual,

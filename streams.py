@@ -6,19 +6,18 @@ The residual state as n parallel streams, and everything that touches it.
     >>> streams = hc(streams, branch)       # branch: (B, T, 64) -> (B, T, 64), attention or an MLP
     >>> streams.x.mean(2)                   # what the head reads, (2, 8, 64)
 
-The passes over the streams themselves, forward and backward, are in passes.py.
+Where the numbers come from that read, mix and write is in coefficients.py; the passes over the
+streams themselves, forward and backward, are in passes.py.
 """
 
 import itertools
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from coefficients import Coefficients, each
 from mixers import (
-    FEW_STREAMS,
     check_options,
     find_mixer,
     n_logits,
@@ -27,16 +26,13 @@ from mixers import (
 )
 from passes import (
     FIXED_READS,
-    Logits,
     MixWriteReadAhead,
-    Project,
     ReadAndMix,
     Write,
     at_least_float32,
     combine,
     fixed_read,
     mean_square,
-    stacked_logits,
 )
 
 
@@ -121,73 +117,6 @@ class Residual(nn.Module):
         """As HyperConnection.observe, with a, w and M all 1: a matrix of one stream."""
         one = torch.ones(streams.x.shape[:3], device=streams.x.device)  # (B, T, 1)
         return one, one, one[..., None]
-
-
-class Coefficients(nn.Module):
-    """Coefficients of the streams, made from logits.
-
-    Dynamic: the logits of a token are bias + alpha * f(phi @ RMSNorm(x)). Static: the bias alone.
-
-    sizes     how many logits each part has, such as (read, write, mix); each part has its own alpha
-    squashed  for each part, whether f is tanh; otherwise f is the identity
-    n_seen    how many numbers of a token phi multiplies
-    seen      the fields of Streams that hold these numbers
-
-    A subclass defines `start_bias()`, the bias at the start, and `coefficients_of(*parts)`, from
-    logits to coefficients. Its __init__ ends with `reset_parameters()`, which calls start_bias.
-
-    For up to FEW_STREAMS streams, logits and coefficients are lists of planes (passes.py). For
-    more, `stacked` is True: a tensor, whose first dimension counts the planes, stands for each
-    list.
-    """
-
-    def __init__(self, sizes, squashed, n_streams, n_seen, dynamic, alpha_start, seen=("x",)):
-        super().__init__()
-        self.seen = seen
-        self.sizes, self.squashed, self.dynamic = sizes, squashed, dynamic
-        self.alpha_start = alpha_start
-        self.stacked = n_streams > FEW_STREAMS
-        self.bias = nn.Parameter(torch.empty(sum(sizes)))
-        if dynamic:
-            self.phi = nn.Parameter(torch.empty(sum(sizes), n_seen))  # (out, in)
-            self.alpha = nn.Parameter(torch.empty(len(sizes)))
-
-    @torch.no_grad()
-    def reset_parameters(self):
-        self.bias.copy_(self.start_bias())
-        if self.dynamic:
-            self.phi.zero_()
-            self.alpha.fill_(self.alpha_start)
-
-    def coefficients(self, streams):
-        """-> what `coefficients_of` returns: planes (B, T) in float32, or (1, 1) if static.
-
-        The backward computes the coefficients again from y and r, so nothing in between is stored.
-        alpha and bias are arguments of what is computed again: with torch.func.functional_call,
-        self.alpha and self.bias may be other tensors by the time of the backward.
-        """
-        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        if not self.dynamic:
-            return recompute(self.static_coefficients, self.bias)
-        seen, square = streams.select(self.seen), streams.mean_square
-        if square is None:
-            square = mean_square(*seen)
-        y, r = Project.apply(square, self.phi, *seen)
-        return recompute(self.dynamic_coefficients, y, r, self.alpha, self.bias)
-
-    def dynamic_coefficients(self, y, r, alpha, bias):
-        if self.stacked:
-            parts = stacked_logits(y, r, alpha, bias, self.sizes, self.squashed)
-        else:
-            planes = Logits.apply(y, r, alpha, bias, self.sizes, self.squashed)
-            parts = split_planes(planes, self.sizes)
-        return self.coefficients_of(*parts)
-
-    def static_coefficients(self, bias):
-        planes = at_least_float32(bias)[:, None, None]  # (K, 1, 1)
-        if not self.stacked:
-            planes = planes.unbind(0)
-        return self.coefficients_of(*split_planes(planes, self.sizes))
 
 
 class ScaledResidual(Coefficients):
@@ -442,19 +371,6 @@ def as_matrices(read, write, mix):
     n = len(read)
     a, w = read.movedim(0, -1)[..., None, :], write.movedim(0, -1)[..., None]
     return a, w, mix.movedim(0, -1).unflatten(-1, (n, n)) if len(mix) else None
-
-
-def split_planes(planes, sizes):
-    """Planes, in a list or stacked -> one list or stack for each part, of these sizes."""
-    ends = itertools.accumulate(sizes)
-    return [planes[end - size : end] for end, size in zip(ends, sizes)]
-
-
-def each(function, planes):
-    """Apply a pointwise function to every plane, in a list or stacked."""
-    if isinstance(planes, torch.Tensor):
-        return function(planes)
-    return [function(plane) for plane in planes]
 
 
 def twice_sigmoid(plane):

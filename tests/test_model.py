@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from coefficients import Coefficients
 from generate import Decoder, generate
 from mixers import MIXERS, Mixer, n_logits
 from model import GPT, GPTConfig
-from streams import SEES, Coefficients, HyperConnection
+from streams import SEES, HyperConnection
 
 SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)
 MIXING = [name for name in MIXERS if not MIXERS[name].one_stream]
