@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 import torch
 from forks import ROOT, Script
+from hypothesis import settings
 
 sys.path.insert(0, str(ROOT))
 
 # Two threads that share the work on a small tensor spend their time in waiting for each other.
 torch.set_num_threads(1)
+
+# An example may take any time: no test fails because a machine is slow.
+settings.register_profile("any time", deadline=None)
+settings.load_profile("any time")
 
 TINY = (
     "--dataset=tiny --block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --n_streams=2 "

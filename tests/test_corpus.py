@@ -207,7 +207,7 @@ def test_an_empty_file_is_an_error_or_counted(here):
 # ---- documents of a text file --------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     pieces=st.lists(st.text("ab\n<|>", max_size=20), min_size=1, max_size=20),
     separator=st.sampled_from(["<|>", "\n", "\n\n", "ab"]),

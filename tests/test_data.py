@@ -68,7 +68,7 @@ def make_data_set(
 # ---- shards --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=300))
 def test_shards_are_llm_c_s_both_ways(tokens, tmp_path_factory):
     path = tmp_path_factory.mktemp("shard") / "train_000000.bin"
@@ -296,7 +296,7 @@ def rows(batch):
     return torch.cat([idx, targets[:, -1:]], 1).tolist()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4), block_size=st.integers(1, 12))
 def test_blocks_in_order_are_the_oracle_s(lengths, block_size, tmp_path_factory):
     shards = [(np.arange(n) + 1000 * i).tolist() for i, n in enumerate(lengths)]
@@ -320,7 +320,7 @@ def folder(tmp_path_factory):
     return make_data_set(tmp_path_factory.mktemp("set"), shards, val=[range(40)])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sequences=st.integers(1, 60),
     ranks=st.integers(1, 4),

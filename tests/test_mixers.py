@@ -207,7 +207,7 @@ def test_orthogonal_matrices_are_orthogonal(n):
     assert (M @ M.mT - torch.eye(n)).abs().max() < 1e-12
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_stays_in_the_polytope_at_adversarial_logits(data):
     name = data.draw(st.sampled_from(EXACT))

@@ -22,7 +22,7 @@ words = st.text("abcdefgh \n", min_size=2, max_size=300)
 
 
 @pytest.mark.quick
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     texts=st.lists(words, min_size=1, max_size=30),
     share=st.sampled_from([0.0005, 0.05, 0.3, 0.5, 0.95]),

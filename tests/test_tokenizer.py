@@ -16,7 +16,7 @@ from tokenizer import describe, describe_characters, get_tokenizer, tokenizer_na
 
 
 @pytest.mark.quick
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text() | st.sampled_from(["<|endoftext|>", "a\r\nb\0c" * 50]))
 def test_bytes_are_utf8(text):
     codec = get_tokenizer("bytes")
