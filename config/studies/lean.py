@@ -6,7 +6,10 @@ A lean form is as good as tbp if the 95 % interval of their paired difference li
 and worse if it leaves out 0 on the upper side. The ends of the scale are tbp, whose coefficients
 see all streams, and identity. tbp_ends separates what a learned read-out and a learned start of the
 streams earn, since every lean form has the former. tbp_lean_fast separates what coefficients see
-from how fast they learn: phi with n times fewer columns moves its logits n times less a step."""
+from how fast they learn: phi with n times fewer columns moves its logits n times less a step.
+Added after config/studies/constraint.py: a number a sublayer (tbp_lean_scale,
+orthogonal_lean_scale) may not need what the coefficients of M need. Such a form is as good as its
+faithful one, in that study, by the same rule."""
 references = ["residual", "tbp"]
 
 files = ["config/laptop.py", "config/deep.py"]
@@ -21,6 +24,8 @@ arms = {
     "tbp_shares": {"mixer": "tbp", **_lean, "sees": "shares"},
     "tbp_input_mean": {"mixer": "tbp", **_lean, "sees": "input+mean"},
     "tbp_input_shares": {"mixer": "tbp", **_lean, "sees": "input+shares"},
+    "tbp_lean_scale": {"mixer": "tbp", **_lean, "mix_scale": "sublayer"},
+    "orthogonal_lean_scale": {"mixer": "orthogonal", **_lean, "mix_scale": "sublayer"},
     "tbp_lean_block": {"mixer": "tbp", "wraps": "block", **_lean},
     "tbp_block": {"mixer": "tbp", "wraps": "block"},
     "tbp_ends": {"mixer": "tbp", "readout": "learned", "stream_start": "learned"},
