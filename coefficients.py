@@ -54,7 +54,8 @@ class Coefficients(nn.Module):
     def coefficients(self, streams):
         """-> what `coefficients_of` returns: planes (B, T) in float32, or (1, 1) if static.
 
-        The backward computes the coefficients again from y and r, so nothing in between is stored.
+        The backward computes the coefficients again from y = phi @ x and r = 1 / rms(x), so nothing
+        in between is stored.
         alpha and bias are arguments of what is computed again: with torch.func.functional_call,
         self.alpha and self.bias may be other tensors by the time of the backward.
         """

@@ -79,6 +79,11 @@ def check_knobs():
 def read_pieces(trained):
     """-> arrays of tokens, which are scored apart, and a dict of what they are. DataError."""
     path, block_size = os.path.expanduser(data), trained.model.config.block_size
+    if not os.path.exists(path):
+        raise DataError(
+            f"--data={data}: there is no such file or folder; name a text file, or a data set that "
+            "prepare_data.py has made"
+        )
     if os.path.isdir(path):
         pieces, about = read_data_set(path, trained, block_size)
     else:

@@ -82,16 +82,23 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             nearest = self.n_embd // self.n_head * self.n_head or self.n_head
             raise ValueError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "
-                f"the nearest number that is: {nearest}"
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; change either; "
+                f"the nearest n_embd that is: {nearest}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        check_choice("stream_dtype", self.stream_dtype, ("auto", "float32", "bfloat16"))
         check_choice("stream_start", self.stream_start, ("equal", "learned"))
         check_choice("readout", self.readout, ("mean", "learned"))
         check_choice("sees", self.sees, SEES)
         check_choice("wraps", self.wraps, ("sublayer", "block"))
         check_choice("mix_scale", self.mix_scale, ("none", "sublayer", "stream"))
+        n_logits(self.mixer, self.n_streams)  # ValueError for an unknown mixer, or its n
+        check_options(self.mixer, self.options)
+        if find_mixer(self.mixer).one_stream:
+            self.refuse_knobs_of_streams()
+        elif self.x0_scalars:
+            raise ValueError(f"x0_scalars are for the residual mixer, not for {self.mixer}")
         if self.sees != "streams" and self.readout != "learned":
             raise ValueError(
                 f"with sees={self.sees!r} the last sublayer learns what the head reads: readout "
@@ -102,23 +109,16 @@ class GPTConfig:
                 "with dynamic=False coefficients see nothing: sees must be 'streams', or 'input' "
                 f"to read ahead, not {self.sees!r}"
             )
-        check_choice("stream_dtype", self.stream_dtype, ("auto", "float32", "bfloat16"))
-        n_logits(self.mixer, self.n_streams)  # ValueError for an unknown mixer, or its n
-        check_options(self.mixer, self.options)
-        if find_mixer(self.mixer).one_stream:
-            self.refuse_knobs_of_streams()
-        elif self.x0_scalars:
-            raise ValueError(f"x0_scalars are for the residual mixer, not for {self.mixer}")
 
     def refuse_knobs_of_streams(self):
-        """ValueError where a knob that means nothing for one stream is not at its default."""
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            if knob.name in OF_STREAMS and value != knob.default:
-                raise ValueError(
-                    f"{self.mixer} has one stream, so {knob.name} must be {knob.default!r}, "
-                    f"not {value!r}"
-                )
+        """ValueError where knobs that mean nothing for one stream are not at their defaults."""
+        wrong = [
+            f"{knob.name} must be {knob.default!r}, not {getattr(self, knob.name)!r}"
+            for knob in fields(self)
+            if knob.name in OF_STREAMS and getattr(self, knob.name) != knob.default
+        ]
+        if wrong:
+            raise ValueError(f"{self.mixer} has one stream, so {', and '.join(wrong)}")
         if self.mix_scale == "stream":
             raise ValueError(
                 f"{self.mixer} has one stream, so mix_scale must be 'none' or 'sublayer', "

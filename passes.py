@@ -36,8 +36,8 @@ def compiler_options():
 
 @torch.no_grad()
 def mean_square(*xs):
-    """xs, each (B, T, ...) -> (B, T) in float32, the mean square of all numbers of a token. It has
-    no gradient: Project.backward adds it to x's."""
+    """xs, each (B, T, ...) -> (B, T) in float32, the mean square of all numbers of a token.
+    Without a gradient: Project.backward adds what comes through the norm to the gradient of xs."""
     numbers = torch.cat([at_least_float32(x).flatten(2) for x in xs], -1)
     return numbers.square().mean(-1)
 

@@ -48,7 +48,7 @@ class Streams(NamedTuple):
 
     input        u, which the next branch reads
     mean         the mean of the streams, if coefficients see it
-    shares       an n-th of each stream, if coefficients see it: channel c is that of stream c % n
+    shares       a part of each stream, if coefficients see it: channel c comes from stream c % n
     """
 
     x: torch.Tensor
@@ -67,8 +67,8 @@ class Streams(NamedTuple):
         return Streams(*(None if t is None else t[sequences, positions][:, None] for t in self))
 
 
-# What coefficients may see: all streams, or one or more vectors of C numbers. Vectors are written
-# along with the streams, so that a sublayer passes over the streams once; reads are taken ahead.
+# What coefficients may see: all streams, or one or more vectors of C numbers. With vectors, each
+# sublayer also writes what the next one reads and sees: one pass over the streams instead of two.
 VECTORS = ("input", *FIXED_READS)
 SEES = ("streams",) + tuple(
     "+".join(names) for k in (1, 2, 3) for names in itertools.combinations(VECTORS, k)
@@ -156,7 +156,8 @@ class HyperConnection(Coefficients):
         u    = sum_j a_j x_j                    read
         x'_i = sum_j M_ij x_j + w_i F(u)        mix and write
 
-    With z = phi @ RMSNorm(x), whose RMSNorm is over all n*C numbers of a token and has no gain:
+    With z = phi @ RMSNorm(x), whose RMSNorm is over all n*C numbers of a token and has no gain, and
+    with gates="bounded":
 
         a = sigmoid(alpha_read * z_read + b_read)
         w = 2 sigmoid(alpha_write * z_write + b_write)
@@ -167,7 +168,8 @@ class HyperConnection(Coefficients):
     the module is x + F(x), to rounding.
 
     sublayer    its index in the model. Stream sublayer % n is read most, with weight `read_start`:
-                different sublayers read different streams, which drives equal streams apart.
+                different sublayers read different streams, which drives equal streams apart. Where
+                reads are taken ahead, the next sublayer reads, so its index counts.
     alpha_start the three alphas at the start: how much the token counts at first
     mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T
     gates       "bounded", as above; "exp": w = exp(logit), without an upper bound; "free": a and w
@@ -180,7 +182,8 @@ class HyperConnection(Coefficients):
                 several of the three, as in "input+mean". phi then has C columns for each, and the
                 module also computes what the next branch reads, u' = sum_i a_i x'_i: one pass over
                 the streams mixes, writes and reads. The first branch reads the mean.
-    last        unless sees="streams": the last sublayer, whose u' the head reads; a starts at 1/n
+    last        whether this is the last sublayer. Where reads are taken ahead, the head reads what
+                it writes, and its a starts at 1/n, the mean.
     options     the mixer's own, by name
     ValueError for a value that is not allowed.
     """
@@ -267,8 +270,8 @@ class HyperConnection(Coefficients):
         if not self.read_ahead:
             by = self.by_tensors if self.stacked else self.by_planes
             return by(streams, branch, *self.coefficients(streams))
-        # The branch first: what lies far from its use, in this order, compiled code keeps for the
-        # backward. After the coefficients, the branch's norm of u would be kept, in float32.
+        # The branch comes first. With the coefficients in between, the compiler keeps the branch's
+        # norm of u in float32 for the backward, although it could compute the norm again from u.
         v = at_least_float32(branch(streams.input))
         by = self.ahead_by_tensors if self.stacked else self.ahead_by_planes
         return by(streams, v, *self.coefficients(streams))
@@ -276,7 +279,7 @@ class HyperConnection(Coefficients):
     def by_planes(self, streams, branch, read, write, mix):
         """Forward for few streams. read, write, mix: lists of n, n and n^2 planes; no mix for I."""
         x = streams.x
-        a, w, M = stack_planes(read, write, mix)
+        a, w, M = matrices_of_planes(read, write, mix)
         if mix:
             u, mixed = ReadAndMix.apply(x, a, M, *read, *mix)
         else:
@@ -286,7 +289,7 @@ class HyperConnection(Coefficients):
 
     def ahead_by_planes(self, streams, v, read, write, mix):
         """As `by_planes`, with the branch's output v (B, T, C), where reads are taken ahead."""
-        matrices, planes = stack_planes(read, write, mix), read + write + mix
+        matrices, planes = matrices_of_planes(read, write, mix), read + write + mix
         passed = MixWriteReadAhead.apply(streams.x, v, *matrices, self.seen, *planes)
         new, u, square, *fixed = passed
         names = [name for name in self.seen if name in FIXED_READS]
@@ -299,7 +302,7 @@ class HyperConnection(Coefficients):
         for M = I.
         """
         x = streams.x
-        a, w, M = as_matrices(read, write, mix)
+        a, w, M = matrices_of_stacks(read, write, mix)
         sums = combine(a if M is None else torch.cat([a, M], -2), x)  # u, then the mixed streams
         u = sums[..., 0, :].to(x.dtype)
         mixed = x if M is None else sums[..., 1:, :]
@@ -309,7 +312,7 @@ class HyperConnection(Coefficients):
     def ahead_by_tensors(self, streams, v, read, write, mix):
         """As `by_tensors`, with the branch's output v (B, T, C), where reads are taken ahead."""
         x = streams.x
-        a, w, M = as_matrices(read, write, mix)
+        a, w, M = matrices_of_stacks(read, write, mix)
         mixed = x if M is None else combine(M, x)
         new = (mixed + w * v[..., None, :]).to(x.dtype)
         u = combine(a, new).squeeze(-2).to(x.dtype)
@@ -358,7 +361,7 @@ class ReadOut(Coefficients):
         return ReadAndMix.apply(x, torch.stack(read, -1), None, *read)
 
 
-def stack_planes(read, write, mix):
+def matrices_of_planes(read, write, mix):
     """Lists of planes -> a and w (B, T, n), M (B, T, n, n), or None without planes of it."""
     n = len(read)
     values = torch.stack(read + write + mix, -1)  # (1, 1, ...) if static
@@ -366,7 +369,7 @@ def stack_planes(read, write, mix):
     return values[..., :n], values[..., n : 2 * n], M
 
 
-def as_matrices(read, write, mix):
+def matrices_of_stacks(read, write, mix):
     """Stacked planes -> a (B, T, 1, n), w (B, T, n, 1), M (B, T, n, n), or None without planes."""
     n = len(read)
     a, w = read.movedim(0, -1)[..., None, :], write.movedim(0, -1)[..., None]

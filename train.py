@@ -352,7 +352,8 @@ def train(run, batches, micro_steps, val_blocks, resumed):
         if progress.step == first_step + 1:
             loss.item()  # waits for the device
             seconds = clock.seconds_per_step(progress.step)
-            print0(f"the first step, compiling included, took {seconds:.1f} s")
+            included = ", compiling included," if compile else ""
+            print0(f"the first step{included} took {seconds:.1f} s")
             run.whole_run.restart(progress.step)
         if progress.step % log_interval == 0 or progress.step == 1:
             log_step(run, loss, norm, lr)

@@ -6,6 +6,7 @@ A trained model, to be used: its weights, and the tokenizer and dtype that belon
 """
 
 import os
+import shlex
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +81,8 @@ def find_checkpoint(out_dir, checkpoint):
     path = checkpoints.latest(out_dir)
     if path is None:
         raise RunError(
-            f"{out_dir} has no checkpoint; train one, for example "
-            "python train.py config/tbp.py config/laptop.py, or name its --out_dir"
+            f"{out_dir} has no checkpoint; name the --out_dir of a run that has, or train one: "
+            f"python train.py config/tbp.py config/laptop.py --out_dir={shlex.quote(out_dir)}"
         )
     return path
 

@@ -10,4 +10,4 @@ max_iters = lr_decay_iters = 19_560  # 19,560 steps * 524,288 tokens = 10,255,07
 warmup_iters, learning_rate, min_lr = 700, 6e-4, 0.0
 eval_interval, eval_tokens = 250, 20 * 524_288
 checkpoint_interval = 1000
-out_dir = f"out/fineweb-{mixer}"
+out_dir = f"out/fineweb-{out_dir[4:] or mixer}"  # out/tbp: out/fineweb-tbp

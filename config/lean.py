@@ -3,4 +3,4 @@
 # torchrun --standalone --nproc_per_node=8 train.py config/tbp.py config/lean.py
 sees = "input"
 readout = "learned"  # the last sublayer reads ahead for the head
-out_dir = f"out/lean-{mixer}"
+out_dir = f"out/lean-{out_dir[4:] or mixer}"  # out/tbp: out/lean-tbp

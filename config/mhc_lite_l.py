@@ -8,4 +8,4 @@ max_iters = lr_decay_iters = 10_000  # 10,000 steps * 131,072 tokens = 1,310,720
 warmup_iters, learning_rate, min_lr = 200, 3e-4, 3e-5
 eval_interval, eval_tokens = 500, 200 * 16 * 1024
 checkpoint_interval = 500
-out_dir = f"out/mhc-lite-l-{mixer}"
+out_dir = f"out/mhc-lite-l-{out_dir[4:] or mixer}"  # out/tbp: out/mhc-lite-l-tbp

@@ -432,7 +432,7 @@ def test_what_is_missing_is_said(tmp_path):
     [
         ("--tokens=0", "tokens = 0 must be at least 1"),
         ("--loss_tokens=-1", "loss_tokens = -1 at least 0"),
-        ("--out_dir=nowhere", "nowhere has no checkpoint; train one"),
+        ("--out_dir=nowhere", "nowhere has no checkpoint; name the"),
         ("--runs=nowhere/*", "--runs=nowhere/*: there is no such folder"),
         ("--runs=config --figure=loss", "config: no run is there"),
         ("--runs=config --figure=lots", "figure must be all or one of loss, training, study, gain"),

@@ -90,3 +90,18 @@ def test_fineweb_is_one_epoch_of_what_its_shards_hold():
     model = model_of(config)
     # GPT-2's 124,439,808 parameters, and 47 rows that pad the vocabulary to 50,304.
     assert model.parameter_counts()["total"] == 124_439_808 + 47 * 768
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "files, out_dir",
+    [
+        (["laptop"], "out/laptop-tbp"),  # train.py's own mixer
+        (["hc", "laptop"], "out/laptop-hc"),
+        (["hc", "lean", "laptop"], "out/laptop-lean-hc"),
+        (["hc", "lean", "fineweb"], "out/fineweb-lean-hc"),
+        (["orthogonal", "mhc_lite_s"], "out/mhc-lite-s-orthogonal"),
+    ],
+)
+def test_a_run_of_several_files_is_named_after_all_of_them(files, out_dir):
+    assert knobs(*files)["out_dir"] == out_dir

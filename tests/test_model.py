@@ -353,6 +353,11 @@ def test_counts_and_flops():
             "mix_scale must be 'none' or 'sublayer', not 'stream'",
         ),
         (dict(mix_scale="token"), "mix_scale must be one of none, sublayer, stream, not 'token'"),
+        (
+            dict(mixer="residual", n_streams=1, sees="input", readout="learned"),
+            "sees must be 'streams', not 'input', and readout must be 'mean', not 'learned'",
+        ),
+        (dict(mixer="residual", n_streams=1, sees="input"), "so sees must be 'streams'"),
         (dict(x0_scalars=True), "x0_scalars are for the residual mixer, not for tbp"),
     ],
 )
