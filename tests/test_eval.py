@@ -260,7 +260,7 @@ def test_gpt2s_own_weights(gpt2_cache, tmp_path):
     "arguments, says",
     [
         ("", "there is nothing to measure"),
-        ("--data=DIR/none.txt", "none.txt: could not be read (No such file"),
+        ("--data=DIR/none.txt", "none.txt: there is no such file or folder"),
         ("--data=DIR", "meta.json: no such file; to make it: python prepare_data.py"),
         ("--data=DIR/empty.txt", "there is no token to predict in it"),
         ("--data=DIR/latin1.txt", "byte 0xe9 at position 3 is no UTF-8"),
