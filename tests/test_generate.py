@@ -67,15 +67,19 @@ def with_cache(decoder, prompts, count, **knobs):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_step_gives_the_logits_of_the_whole_text(mixer):
     readouts = ["mean"] if MIXERS[mixer].one_stream else ["mean", "learned"]
-    texts = torch.randint(N_VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
     for dynamic, readout in itertools.product([True, False], readouts):
-        model = build(mixer, dynamic=dynamic, readout=readout)
-        with torch.no_grad():
-            expected = model(texts)[0]  # (2, 16, V)
-        decoder = Decoder(model, 2, 16)
-        found = [decoder.prefill([0, 1], [text[:3].tolist() for text in texts])]
-        found += [decoder.step(texts[:, t], [True, True]) for t in range(3, 16)]
-        torch.testing.assert_close(torch.stack(found, 1), expected[:, 2:], rtol=1e-4, atol=1e-4)
+        check_logits_of_steps(build(mixer, dynamic=dynamic, readout=readout))
+
+
+def check_logits_of_steps(model):
+    """Against the model on whole texts."""
+    texts = torch.randint(N_VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(texts)[0]  # (2, 16, V)
+    decoder = Decoder(model, 2, 16)
+    found = [decoder.prefill([0, 1], [text[:3].tolist() for text in texts])]
+    found += [decoder.step(texts[:, t], [True, True]) for t in range(3, 16)]
+    torch.testing.assert_close(torch.stack(found, 1), expected[:, 2:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.quick
@@ -111,6 +115,7 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_of_the_model(form):
     model = build(**form)
+    check_logits_of_steps(model)
     found = with_cache(Decoder(model, 1, 40), [[7, 8]], 20, temperature=0)
     assert found == [without_cache(model, [7, 8], 20)]
 

@@ -28,19 +28,22 @@ def rms_norm(x):
     return F.rms_norm(x.flatten(2), (x.shape[2] * x.shape[3],), eps=1e-6)
 
 
-def plain_logits(module, x):
-    """bias + alpha * f(phi @ RMSNorm(x)), part by part: (B, T, size) for each part."""
+def plain_logits(module, x, squashed=(False,)):
+    """bias + alpha * f(phi @ RMSNorm(x)), part by part: (B, T, size) for each part.
+
+    squashed: for each part, whether f is tanh."""
     bias = module.bias.split(module.sizes)
     if not module.dynamic:
         return [b.expand(*x.shape[:2], -1) for b in bias]
     z = (rms_norm(x) @ module.phi.t()).split(module.sizes, -1)
-    f = [z_.tanh() if squash else z_ for z_, squash in zip(z, module.squashed)]
+    f = [z_.tanh() if squash else z_ for z_, squash in zip(z, squashed, strict=True)]
     return [b + a * f_ for b, a, f_ in zip(bias, module.alpha, f)]
 
 
 def plain_coefficients(hc, x):
     """a and w (B, T, n), M (B, T, n, n) from the streams x that the coefficients see."""
-    a, w, mix = plain_logits(hc, x)
+    free = hc.gates == "free"
+    a, w, mix = plain_logits(hc, x, (free, free, hc.mixer == "hc"))
     if hc.gates != "free":
         a, w = a.sigmoid(), w.exp() if hc.gates == "exp" else 2 * w.sigmoid()
     K = n_logits(hc.mixer, hc.n_streams)
@@ -140,6 +143,7 @@ def check_reading_ahead(name, n, knobs, sees):
     given = dict(zip(VECTORS, vectors))
     seen = torch.stack([given[name] for name in sees.split("+")], 2)
     new = hc(Streams(x, mean_square(seen), **given), branch)
+    torch.testing.assert_close(hc(Streams(x, None, **given), branch).x, new.x)
 
     plain = dict(zip(("x", *VECTORS), plain_read_ahead(hc, x, seen, given["input"], branch)))
     names = [name for name in VECTORS if name in ("input", *sees.split("+"))]
@@ -312,6 +316,33 @@ def test_coefficients_are_float32_in_a_bfloat16_model(name, dynamic):
     coefficients = hc.observe(Streams(x, mean_square(x)))
     assert {t.dtype for t in coefficients} == {torch.float32}
     assert not MIXERS[name].exact or ds_error(coefficients[2]).max() < 1e-6
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("knobs", [{}, {"mix_scale": "stream"}, {"sees": "input+mean+shares"}])
+@pytest.mark.parametrize("mixer", ["residual", "identity", "tbp"])
+@pytest.mark.parametrize("n", [4, 6])
+def test_streams_in_bfloat16_stay_so(mixer, knobs, n):
+    """And what is seen of them. Only the mean square is float32."""
+    if mixer == "residual":
+        n, connection = 1, ScaledResidual(8) if "mix_scale" in knobs else Residual()
+        knobs = {}
+    else:
+        connection = HyperConnection(mixer, n, 8, **knobs)
+    streams = start_streams(torch.randn(2, 3, 8).bfloat16(), n, sees=knobs.get("sees", "streams"))
+    with torch.autocast("cpu", torch.bfloat16):
+        new = connection(streams, torch.nn.Linear(8, 8))
+    for field in ("x", *(VECTORS if "sees" in knobs else ())):
+        assert getattr(streams, field).dtype == getattr(new, field).dtype == torch.bfloat16, field
+    assert new.mean_square is None or new.mean_square.dtype == torch.float32
+
+
+@pytest.mark.quick
+def test_the_mean_of_streams_in_bfloat16_is_summed_in_float32():
+    """Of 1/4, 64 and -64: a sum in bfloat16 forgets the quarter."""
+    offsets = torch.tensor([[1.0], [256.0], [-256.0], [1.0]]).expand(4, 6)
+    streams = start_streams(torch.zeros(1, 1, 6).bfloat16(), 4, offsets, "mean")
+    assert (streams.mean == 0.5).all()
 
 
 @pytest.mark.quick
