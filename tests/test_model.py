@@ -1,14 +1,19 @@
+import inspect
 import math
+from dataclasses import fields
 
 import pytest
 import torch
+from conftest import ROOT
 from torch._dynamo.utils import counters
 
 from coefficients import Coefficients
+from configurator import resolve
 from generate import Decoder, generate
 from mixers import MIXERS, Mixer, n_logits
 from model import GPT, GPTConfig
-from streams import SEES, HyperConnection
+from passes import compiler_options
+from streams import SEES, HyperConnection, ReadOut, ScaledResidual
 
 SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)
 MIXING = [name for name in MIXERS if not MIXERS[name].one_stream]
@@ -117,6 +122,66 @@ def test_whatever_coefficients_see_the_start_is_the_plain_gpt(mixer, sees, token
     assert (logits - plain).abs().max() < 1e-6
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "mixer, knobs",
+    [
+        ("tbp", {"dynamic": False}),
+        ("tbp", {"alpha_start": 0.5}),
+        ("tbp", {"mix_start": 0.3}),
+        ("tbp", {"read_start": 0.5}),
+        ("tbp", {"gates": "exp"}),
+        ("hc", {"gates": "bounded"}),
+        ("tbp", {"mix_scale": "stream"}),
+        ("tbp", {"sees": "input+mean"}),
+        ("sinkhorn", {"sinkhorn_rounds": 2}),
+    ],
+)
+def test_a_knob_of_the_connections_reaches_them(mixer, knobs, tokens):
+    """Each is the module with that knob, at the start and away from it."""
+    options = {key: knobs[key] for key in MIXERS[mixer].options}
+    changes = {key: value for key, value in knobs.items() if key not in options}
+    readout = "learned" if "sees" in knobs else "mean"
+    model = build(mixer, **changes, options=options, readout=readout)
+    streams = model.embed(tokens)
+    for sublayer in (0, 1, 2):
+        connection = model.blocks[sublayer // 2].connections()[sublayer % 2][1]
+        wanted = HyperConnection(mixer, 4, 24, sublayer=sublayer, **knobs)
+        parameters = dict(connection.named_parameters())
+        for name, parameter in wanted.named_parameters():
+            torch.testing.assert_close(parameters[name], parameter, rtol=0, atol=0)
+        with torch.no_grad():
+            connection.bias.add_(torch.randn_like(connection.bias))
+        wanted.load_state_dict(connection.state_dict())
+        torch.testing.assert_close(connection.observe(streams), wanted.observe(streams))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sees", SEES)
+def test_the_embedding_gives_the_mean_square_of_what_is_seen(sees, tokens):
+    model = build("tbp", sees=sees, readout="learned", stream_start="learned")
+    with torch.no_grad():
+        model.embed.offsets.normal_()
+    streams = model.embed(tokens)
+    names = ["x"] if sees == "streams" else sees.split("+")
+    squares = torch.cat([getattr(streams, name).flatten(2) for name in names], -1).square()
+    torch.testing.assert_close(streams.mean_square, squares.mean(-1))
+
+
+@pytest.mark.quick
+def test_a_module_s_defaults_are_the_config_s():
+    """And those of train.py, but for the biases, which GPT-2 has and nanoGPT's recipe has not."""
+    defaults = {field.name: field.default for field in fields(GPTConfig)}
+    script = resolve(ROOT / "train.py", [])
+    assert {name for name in defaults if script.get(name, defaults[name]) != defaults[name]} == {
+        "bias"
+    }
+    for module in (HyperConnection, ScaledResidual, ReadOut):
+        for name, parameter in inspect.signature(module).parameters.items():
+            if name in defaults and parameter.default is not parameter.empty:
+                assert parameter.default == defaults[name], (module, name)
+
+
 LEAN = {"sees": "input", "readout": "learned"}
 FORMS = [
     *((dynamic, LEAN) for dynamic in (True, False)),
@@ -155,6 +220,19 @@ def test_other_forms_compile_as_the_usual_one(backend, knobs, dynamic, tokens):
     for (name, a), b in zip(eager.named_parameters(), compiled.parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.quick
+def test_every_block_and_the_head_are_compiled_with_the_options(monkeypatch):
+    compiled = {}
+    note = lambda module, **how: compiled.update({module: how})
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    model = build("tbp")
+    model.compile_regions(activation_memory_budget=0.5)
+    how = {"fullgraph": True, "dynamic": False, "options": compiler_options()}
+    assert compiled == dict.fromkeys([*model.blocks, model.head], how)
+    assert torch._functorch.config.activation_memory_budget == 0.5
 
 
 def assert_cache_changes_nothing(model, tokens):
@@ -278,6 +356,22 @@ def test_parameter_groups_partition_by_role(mixer, dynamic):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "mixer, knobs, kind",
+    [
+        ("tbp", {"stream_start": "learned"}, "offsets"),
+        ("residual", {"x0_scalars": True}, "x0_scalars"),
+        ("residual", {"mix_scale": "sublayer"}, "alpha"),
+    ],
+)
+def test_what_shifts_or_scales_streams_does_not_decay(mixer, knobs, kind):
+    model = build(mixer, **knobs)
+    decay, keep = (set(map(id, group["params"])) for group in model.parameter_groups(0.1))
+    shifts = [id(p) for name, p in model.named_parameters() if name.endswith(kind)]
+    assert shifts and keep.issuperset(shifts) and decay.isdisjoint(shifts)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("connection_lr", (1.0, 4.0))
 @pytest.mark.parametrize("decay_phi", (True, False))
 def test_connections_may_have_a_rate_and_a_decay_of_their_own(connection_lr, decay_phi):
@@ -325,6 +419,16 @@ def test_counts_and_flops():
     assert model.flops_per_token() - plain.flops_per_token() == 4 * (
         6 * 4 * 24 * (8 + K) + 6 * 24 * (4 + 4 + 16)
     )
+    learned = build("tbp", readout="learned")
+    assert learned.parameter_counts()["hyper_connections"] == counts["hyper_connections"] + 389
+    assert learned.flops_per_token() - model.flops_per_token() == 6 * 4 * 24 * 4 + 6 * 24 * 4
+    unmixed, scaled = build("identity"), build("identity", mix_scale="stream")  # I, and diagonal
+    assert unmixed.flops_per_token() - plain.flops_per_token() == 4 * (
+        6 * 4 * 24 * 8 + 6 * 24 * (4 + 4)
+    )
+    assert scaled.flops_per_token() - plain.flops_per_token() == 4 * (
+        6 * 4 * 24 * (8 + 4) + 6 * 24 * (4 + 4 + 16)
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +451,22 @@ def test_counts_and_flops():
             "dynamic=False coefficients see nothing: .* not 'mean'",
         ),
         (dict(wraps="model"), "wraps must be one of sublayer, block, not 'model'"),
-        (dict(mixer="residual", n_streams=1, wraps="block"), "wraps must be 'sublayer'"),
+        *(
+            (
+                {"mixer": "residual", "n_streams": 1, knob: value},
+                f"residual has one stream, so {knob} must be .*, not '{value}'",
+            )
+            for knob, value in (
+                ("gates", "free"),
+                ("wraps", "block"),
+                ("stream_start", "learned"),
+                ("readout", "learned"),
+            )
+        ),
+        (
+            dict(mixer="residual", n_streams=1, sees="input", readout="learned"),
+            "residual has one stream, so sees must be 'streams', not 'input'",
+        ),
         (
             dict(mixer="residual", n_streams=1, mix_scale="stream"),
             "mix_scale must be 'none' or 'sublayer', not 'stream'",

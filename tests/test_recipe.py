@@ -235,6 +235,20 @@ def test_each_sublayer_favours_the_next_stream_at_the_start(mixer):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("wraps, count", [("sublayer", 8), ("block", 4)])
+@pytest.mark.parametrize("sees", ["streams", "input"])
+def test_the_branches_take_turns_with_the_streams(wraps, count, sees):
+    """Branch k reads stream k % 3 most, but for the first where reads are taken ahead: it reads the
+    mean, and so does the head."""
+    model = small_model("tbp", read_start=0.6, wraps=wraps, sees=sees, readout="learned")
+    reads = [seen.read[0, 0] for seen in model.observe(torch.randint(64, (2, 8)))]
+    wanted = [[0.6 if i == k % 3 else 0.2 for i in range(3)] for k in range(count)]
+    if sees == "input":  # connection k reads for branch k + 1, and the last for the head
+        wanted = [*wanted[1:], [1 / 3] * 3]
+    torch.testing.assert_close(torch.stack(reads), torch.tensor(wanted))
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "knobs",
     [
