@@ -13,13 +13,10 @@ import torch
 from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 
-import charts
-import mixers
-import passes
 from compiler import TESTED_TORCH
 from mixers import MIXERS
 from model import GPT, GPTConfig
-from passes import mean_square
+from passes import compiler_options, mean_square
 from streams import Streams, fields_seen, with_fixed_reads
 
 SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -30,12 +27,12 @@ CASES = [
     *((mixer, READ_AHEAD, dynamic) for mixer in ("identity", "tbp") for dynamic in (True, False)),
     *((mixer, SEES_MORE, True) for mixer in ("identity", "tbp")),
 ]
-FUNCTIONS = {
-    value
-    for module in (charts, mixers, passes)
-    for value in vars(module).values()
-    if isinstance(value, type) and issubclass(value, torch.autograd.Function)
-}
+# Those of this project, in whichever of its files.
+FUNCTIONS = [
+    function
+    for function in torch.autograd.Function.__subclasses__()
+    if (ROOT / f"{function.__module__}.py").exists()
+]
 
 
 def build(mixer, n, dynamic, knobs):
@@ -115,6 +112,25 @@ def test_no_function_returns_what_an_operation_left_unchanged(
     for function in FUNCTIONS:
         refuse_unchanged_outputs(monkeypatch, function)
     loss_and_gradients(build(mixer, 2, dynamic, knobs), bfloat16)
+
+
+@pytest.mark.quick
+def test_every_function_is_looked_at():
+    text = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    named = re.findall(r"^class (\w+)\(torch\.autograd\.Function\):", text, re.MULTILINE)
+    assert sorted(function.__name__ for function in FUNCTIONS) == sorted(named)
+
+
+@pytest.mark.quick
+def test_this_torch_knows_the_compiler_s_options():
+    """One whose name it does not know is left out, without a word, and kernels are others."""
+    known = {
+        "unroll_reductions_threshold",
+        "max_fusion_size",
+        "cpp.max_horizontal_fusion_size",
+        "max_pointwise_cat_inputs",
+    }
+    assert known <= compiler_options().keys()
 
 
 @pytest.mark.quick
