@@ -1,8 +1,10 @@
 """Runs scripts as a user does, on a data set small enough for a test."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -108,6 +110,15 @@ def wait_for(process, text):
         if text in line:
             return
     raise AssertionError(f"{text!r} never came")
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """Scripts set handlers of signals, for a process that ends with them."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
 
 
 def records(out_dir):

@@ -1,14 +1,16 @@
 """runtime.py: devices, provenance, and what it says where a system lacks something."""
 
+import contextlib
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, handlers_kept, run
 
 import runtime
 
@@ -199,3 +201,14 @@ def test_a_machine_is_described():
     found = runtime.describe_machine(torch.device("cpu"))
     assert found["processor"] and found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads() and "gpu" not in found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("group", [None, "the group of all ranks"])
+def test_a_second_ctrl_c_leaves_at_once_but_under_torchrun(group):
+    with handlers_kept():
+        stop = runtime.StopSignal(group)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received
+        with contextlib.nullcontext() if group else pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

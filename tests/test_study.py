@@ -1,6 +1,5 @@
 """study.py, with runs of four steps that really go through train.py."""
 
-import contextlib
 import csv
 import functools
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, records, run
+from conftest import ROOT, TINY, handlers_kept, records, run
 from forks import Script
 
 import comparison
@@ -35,15 +34,6 @@ knobs = {knobs}
 arms = {{"residual": {{"mixer": "residual", "n_streams": 1}}, "identity": {{"mixer": "identity"}}}}
 seeds = 2
 """
-
-
-@contextlib.contextmanager
-def handlers_kept():
-    """study.py sets handlers of signals, for a process that ends with it."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -225,6 +215,29 @@ def test_a_kill_lets_the_run_write_a_checkpoint(call, tiny_study, tmp_path):
     assert (folder / f"ckpt_{step:07}.pt").exists() and "identity/seed1: from" not in output
     assert f"residual/seed1: at step {step}" in call(path, "--list")
     assert not list((tmp_path / "results").rglob("*.json"))
+
+
+@pytest.mark.quick
+def test_a_second_ctrl_c_leaves_a_run_that_does_not_end(call, tiny_study, monkeypatch):
+    """The first one asks it for a checkpoint. A run has a session of its own, so that the Ctrl-C of
+    a terminal does not reach it."""
+    started, asked = [], []
+
+    class Endless:
+        def __init__(self, words, env, start_new_session, **_):
+            started.append((env["OMP_NUM_THREADS"], start_new_session))
+
+        def poll(self):
+            assert len(asked) < 2, "the second Ctrl-C changed nothing"
+            signal.raise_signal(signal.SIGINT)
+
+        def terminate(self):
+            asked.append(self)
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Endless))
+    with pytest.raises(KeyboardInterrupt):
+        call(tiny_study(), "--threads=3")
+    assert started == [("3", True)] and len(asked) == 2
 
 
 # ---- the grid -----------------------------------------------------------------------------------
