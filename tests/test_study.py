@@ -221,14 +221,15 @@ def test_a_kill_lets_the_run_write_a_checkpoint(call, tiny_study, tmp_path):
 def test_a_second_ctrl_c_leaves_a_run_that_does_not_end(call, tiny_study, monkeypatch):
     """The first one asks it for a checkpoint. A run has a session of its own, so that the Ctrl-C of
     a terminal does not reach it."""
-    started, asked = [], []
+    started, looks, asked = [], [], []
 
     class Endless:
         def __init__(self, words, env, start_new_session, **_):
             started.append((env["OMP_NUM_THREADS"], start_new_session))
 
         def poll(self):
-            assert len(asked) < 2, "the second Ctrl-C changed nothing"
+            looks.append(self)
+            assert len(looks) < 3, "the second Ctrl-C changed nothing"
             signal.raise_signal(signal.SIGINT)
 
         def terminate(self):
@@ -238,6 +239,43 @@ def test_a_second_ctrl_c_leaves_a_run_that_does_not_end(call, tiny_study, monkey
     with pytest.raises(KeyboardInterrupt):
         call(tiny_study(), "--threads=3")
     assert started == [("3", True)] and len(asked) == 2
+
+
+@pytest.mark.quick
+def test_after_a_signal_no_run_begins(call, tiny_study, monkeypatch):
+    """Of four runs two have begun. The first ends sooner, and leaves its place free."""
+    started = []
+
+    class Stopped:
+        returncode = -signal.SIGTERM
+
+        def __init__(self, *_, **__):
+            started.append(self)
+            self.looks = 3 * len(started)  # before it ends
+
+        def poll(self):
+            signal.raise_signal(signal.SIGTERM)
+            self.looks -= 1
+            return None if self.looks else self.returncode
+
+        def terminate(self):
+            pass
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Stopped))
+    output = call(tiny_study(), "--jobs=2")
+    assert len(started) == 2 and output.count("cut off at step 0 of 4") == 2
+
+
+@pytest.mark.quick
+def test_a_run_goes_on_from_its_newest_checkpoint(call, tiny_study, tmp_path, monkeypatch):
+    folder = tmp_path / "out/studies/tiny/residual/seed1"
+    folder.mkdir(parents=True)
+    for step in (1, 3, 2):
+        (folder / f"ckpt_{step:07}.pt").touch()
+    ended = SimpleNamespace(poll=lambda: 0, returncode=0)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=lambda *_, **__: ended))
+    output = call(tiny_study("seeds = 1\n"))
+    assert "residual/seed1: from step 3:" in output and "identity/seed1: from step 0:" in output
 
 
 # ---- the grid -----------------------------------------------------------------------------------
