@@ -135,6 +135,15 @@ def test_a_converted_checkpoint_is_not_resumed(tiny, tmp_path):
     assert "was converted" in output and "--out_dir=" in output
 
 
+@pytest.mark.quick
+def test_knobs_without_effect_leave_a_model_plain():
+    """On one stream nothing reads, and nothing is mixed."""
+    assert convert.is_plain(
+        model_of("residual", mix_start=0.5, read_start=0.5, alpha_start=0.5).config
+    )
+    assert not convert.is_plain(model_of("residual", mix_scale="sublayer").config)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_transformers_loads_an_exported_residual_model(bias, command, tmp_path, tokens):
     transformers = pytest.importorskip("transformers")
@@ -315,6 +324,18 @@ def test_every_other_pair_says_how_far_off_it_is(old, new, tokens):
     reached = old == "identity" or new in ("hc", "rows")
     assert (max(off.values()) < 1e-3) == reached
     assert logits(other, tokens).isfinite().all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_jacobian_is_the_slope_of_m_with_its_options(rounds):
+    """Against differences of M, logit by logit."""
+    logits, small = torch.randn(9, dtype=torch.float64), 1e-6
+    M = lambda at: mixing_matrix("sinkhorn", at, 3, sinkhorn_rounds=rounds).flatten()
+    steps = small * torch.eye(9, dtype=torch.float64)
+    slopes = torch.stack([(M(logits + s) - M(logits - s)) / (2 * small) for s in steps], -1)
+    found = remix.jacobian("sinkhorn", logits, 3, {"sinkhorn_rounds": rounds})
+    torch.testing.assert_close(found, slopes, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(
