@@ -7,9 +7,19 @@ import math
 import pytest
 import torch
 
-from generate import Decoder, cache_length, cast_weights, generate, sample_token, uniforms
+from generate import (
+    Decoder,
+    cache_length,
+    cast_weights,
+    generate,
+    run_block,
+    run_head,
+    sample_token,
+    uniforms,
+)
 from mixers import MIXERS
 from model import GPT, GPTConfig
+from passes import compiler_options
 
 SIZES = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=24)
 N_VOCAB = 61
@@ -118,6 +128,15 @@ def test_every_form_of_the_model(form):
     check_logits_of_steps(model)
     found = with_cache(Decoder(model, 1, 40), [[7, 8]], 20, temperature=0)
     assert found == [without_cache(model, [7, 8], 20)]
+
+
+@pytest.mark.quick
+def test_the_step_is_compiled_with_the_options(monkeypatch):
+    compiled = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.update({function: how}))
+    Decoder(build(), 1, 16).compile()
+    how = {"fullgraph": True, "dynamic": False, "options": compiler_options()}
+    assert compiled == {run_block: how, run_head: how}
 
 
 @pytest.mark.parametrize("mixer", [pytest.param("residual", marks=pytest.mark.long), "tbp"])
