@@ -81,14 +81,16 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
         f"--compile={compiled}",
     ]
     command = torchrun(2, *tiny) if processes == 2 else tiny
+    begun = time.monotonic()
     assert "finished" in run(*command)
+    seconds = time.monotonic() - begun
     out_dir = tmp_path / "out"
     shutil.move(out_dir, tmp_path / "reference")
     generator, killed, writing = random.Random(0), 0, 0
     while killed < kills or writing < kills // 4:
         process = Script(command)
         if killed % 5 == 0:  # while it is still starting
-            time.sleep(generator.uniform(0, 2))
+            time.sleep(generator.uniform(0, seconds / 4))
         else:
             for _ in range(generator.randrange(1, 6)):
                 wait_for(process, "step ")
