@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from coefficients import Coefficients
 from configurator import resolve
 from mixers import MIXERS
 from model import GPT, GPTConfig
@@ -47,6 +48,15 @@ def test_a_knob_of_the_connections_reaches_them(mixer, knobs):
             connection.bias.add_(torch.randn_like(connection.bias))
         wanted.load_state_dict(connection.state_dict())
         torch.testing.assert_close(connection.observe(streams), wanted.observe(streams))
+
+
+@pytest.mark.quick
+def test_static_coefficients_have_biases_alone():
+    for knobs in ({"readout": "learned"}, {"mixer": "residual", "n_streams": 1}):
+        model = GPT(GPTConfig(**SIZES, **knobs, mix_scale="sublayer", dynamic=False))
+        own = [module for module in model.modules() if isinstance(module, Coefficients)]
+        assert len(own) == 4 + ("readout" in knobs)
+        assert all([name for name, _ in module.named_parameters()] == ["bias"] for module in own)
 
 
 @pytest.mark.quick

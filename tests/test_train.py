@@ -402,8 +402,10 @@ def test_eval_only_evaluates_and_writes_nothing(tiny, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_log_lines_time_steps_alone(tiny, tmp_path):
-    """Neither evaluations nor checkpoints, each of which takes 1000 s here."""
+@pytest.mark.parametrize("knobs", ["--checkpoint_interval=2", "--learning_rate=0 --min_lr=0"])
+def test_log_lines_time_steps_alone(knobs, tiny, tmp_path):
+    """Neither evaluations nor checkpoints, each of which takes 1000 s here. At a rate of 0 no
+    evaluation is better than the first, and none is followed by a checkpoint."""
     slow = """
 import time, mixers, checkpoint
 now, extra = time.time, []
@@ -411,7 +413,8 @@ time.time = lambda: now() + 1000 * len(extra)
 gain, save = mixers.composite_gain, checkpoint.save
 mixers.composite_gain = lambda *arguments: extra.append(1) or gain(*arguments)
 checkpoint.save = lambda *arguments, **named: extra.append(1) or save(*arguments, **named)"""
-    run(*tiny, "--log_interval=5", "--max_iters=10", patch=slow)
+    tiny += ["--log_interval=5", "--max_iters=10", "--checkpoint_interval=100"]
+    run(*tiny, *knobs.split(), patch=slow)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     times = [line["ms"] for line in map(json.loads, lines) if "ms" in line]
     assert len(times) == 3 and max(times) < 100_000
