@@ -325,6 +325,9 @@ def test_what_shifts_or_scales_streams_does_not_decay(mixer, knobs, kind):
 def test_connections_may_have_a_rate_and_a_decay_of_their_own(connection_lr, decay_phi):
     """Adam's first step is rate * sign(gradient), and a decay takes rate * decay * w."""
     model = build("tbp", readout="learned")
+    with torch.no_grad():
+        for p in model.parameters():  # phi starts at 0, which cannot decay
+            p.add_(0.1 * torch.randn_like(p))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     groups = model.parameter_groups(0.5, connection_lr, decay_phi)
     optimizer = torch.optim.AdamW([{**group, "lr": 0.01 * group["lr_factor"]} for group in groups])
