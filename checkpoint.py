@@ -369,8 +369,8 @@ def check_same_run(path, state, config, model_config_now, meta):
         knobs = [name for name in now if name in config]
         raise RunError(
             f"the checkpoint is of another run: {', '.join(forbidden)}. Give these the "
-            "checkpoint's values, or begin another run with --out_dir=…. A resumed run may change "
-            f"everything but {', '.join(knobs)}, and the data set's tokenizer and shards"
+            "checkpoint's values, or begin another run with --out_dir=…. A resumed run may "
+            f"change everything but {', '.join(knobs)}, and the data set's tokenizer and shards"
         )
     free = [name for name in config if name not in now and name not in NO_CHANGE]
     return _changed_values(state["config"], {name: config[name] for name in free})

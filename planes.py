@@ -19,7 +19,7 @@ def softmax(planes):
     """Softmax over a list of planes -> a list of planes."""
     highest = reduce(torch.maximum, planes)
     weights = [(plane - highest).exp() for plane in planes]
-    total = sum(weights).clamp(min=1e-30)
+    total = sum(weights)
     return [weight / total for weight in weights]
 
 

@@ -27,13 +27,14 @@ def inverse(M, n, *, sinkhorn_rounds=20):
 def sinkhorn_stacked(logits, n, *, sinkhorn_rounds=20):
     """As `sinkhorn`, for many streams: logits (n^2, ...) -> M (n, n, ...).
 
-    The first round is taken in logarithms, where no row can underflow to 0.
+    The first round is taken in logarithms, where no row can underflow to 0. In all later rounds the
+    sum of a line is at least 1/n.
     """
     log_M = logits.unflatten(0, (n, n)).log_softmax(0)
     M = log_M.softmax(1)
     for _ in range(sinkhorn_rounds - 1):
-        M = M / M.sum(0).clamp(min=1e-30)
-        M = M / M.sum(1, keepdim=True).clamp(min=1e-30)
+        M = M / M.sum(0)
+        M = M / M.sum(1, keepdim=True)
     return M
 
 
@@ -77,8 +78,9 @@ def run_rounds(logits, n, rounds):
     """-> M after all rounds, as n^2 planes row by row, and the divisors, n for each half round
     except the first. A line is a column in the first half round, a row in the second, and so on.
 
-    The first round is taken in logarithms, where no row can underflow to 0. Before a half round of
-    columns M is transposed, and after it again, so that a line is always a row.
+    The first round is taken in logarithms, where no row can underflow to 0; in all later rounds the
+    sum of a line is at least 1/n. Before a half round of columns M is transposed, and after it
+    again, so that a line is always a row.
     """
     highest = [reduce(torch.maximum, logits[j::n]) for j in range(n)]
     log_sums = []
@@ -100,7 +102,7 @@ def run_rounds(logits, n, rounds):
 
 def divide_lines(M, n):
     """Divide every line of n planes by its sum -> the new planes, the n sums."""
-    sums = [sum(line).clamp(min=1e-30) for line in in_rows(M, n)]
+    sums = [sum(line) for line in in_rows(M, n)]
     return [m / sums[k // n] for k, m in enumerate(M)], sums
 
 
