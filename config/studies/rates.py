@@ -5,7 +5,9 @@ decision = """\
 Each arm counts at its own best rate, and a best rate at the edge of the grid decides nothing. The
 lead stands if the 95 % interval of hc minus tbp leaves out 0 there. tbp_fast, whose connections
 learn at four times the rate, says whether a bounded M is only slow: it explains the part of the
-lead that it closes, if its interval against tbp leaves out 0."""
+lead that it closes, if its interval against tbp leaves out 0. A number a sublayer without mixing
+(residual_scale) and beside signs (orthogonal_scale) are judged as hc: their leads over tbp in
+config/studies/constraint.py are not a matter of the rate if they stand at the best rates."""
 
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
@@ -15,5 +17,7 @@ arms = {
     "residual": {"mixer": "residual", "n_streams": 1},
     "tbp": {"mixer": "tbp"},
     "hc": {"mixer": "hc"},
+    "residual_scale": {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"},
+    "orthogonal_scale": {"mixer": "orthogonal", "mix_scale": "sublayer"},
     "tbp_fast": {"mixer": "tbp", "connection_lr": 4.0},
 }
