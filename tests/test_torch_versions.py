@@ -68,10 +68,22 @@ def assert_same(compiled, eager, tolerance):
     """Losses, and each parameter's gradient, whose error is relative to the gradient's norm."""
     torch.testing.assert_close(compiled[0], eager[0], rtol=tolerance, atol=0)
     for name, expected in eager[1].items():
-        got = compiled[1][name]
-        assert got is not None, f"{name} got no gradient"
-        error = (got - expected).norm() / expected.norm().clamp(min=1e-6)
+        error = relative_error(name, compiled[1], expected)
         assert error < tolerance, f"{name}: gradient off by {error:.2g} of its norm"
+
+
+def assert_as_exact(compiled, eager, exact):
+    """In bfloat16, compiled code is about as near to the `exact` results, of float32, as eager code
+    is. The gradient of alpha, three sums over all tokens, may be off by a third in both."""
+    torch.testing.assert_close(compiled[0], exact[0], rtol=0.02, atol=0)
+    for name, expected in exact[1].items():
+        error, by_eager = (relative_error(name, run[1], expected) for run in (compiled, eager))
+        assert error < 0.15 + 2 * by_eager, f"{name}: gradient off by {error:.2g}, eager {by_eager}"
+
+
+def relative_error(name, gradients, expected):
+    assert gradients[name] is not None, f"{name} got no gradient"
+    return (gradients[name] - expected).norm() / expected.norm().clamp(min=1e-6)
 
 
 class ReturnsItsInput(TorchFunctionMode):
@@ -192,13 +204,16 @@ def test_traced_is_eager(mixer, knobs, n, dynamic, bfloat16):
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mixer, knobs, dynamic", CASES, ids=str)
 def test_compiled_model_is_eager(mixer, knobs, dynamic, bfloat16):
-    """Inductor's kernels. In bfloat16 they round less often than eager ones do."""
+    """Inductor's kernels. In bfloat16 they round at other places than eager ones do."""
     torch.compiler.reset()
     n = 4 if dynamic and not bfloat16 else 2
     compiled, eager = (build(mixer, n, dynamic, knobs) for _ in range(2))
     compiled.compile_regions()
-    results = (loss_and_gradients(model, bfloat16) for model in (compiled, eager))
-    assert_same(*results, 0.1 if bfloat16 else 1e-4)
+    results = [loss_and_gradients(model, bfloat16) for model in (compiled, eager)]
+    if bfloat16:
+        assert_as_exact(*results, loss_and_gradients(build(mixer, n, dynamic, knobs), False))
+    else:
+        assert_same(*results, 1e-4)
 
 
 @pytest.mark.quick
