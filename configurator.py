@@ -64,7 +64,11 @@ def configure(
         values[name] = option.default
         heading = []  # only above the first
     if "--help" in argv or "-h" in argv:
-        _print_help(namespace.get("__doc__"), knobs, values)
+        try:
+            _print_help(namespace.get("__doc__"), knobs, values)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head`: what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
 
     # A config file may set our knobs and those of `config_of`, whose values are `other`.

@@ -220,6 +220,17 @@ def why_not_compiled(error):
     )
 
 
+def output_is_unread(end=""):
+    """Whether the program that read the output has ended, as in `study.py --list | head`. `end` is
+    written to find out. What is left goes nowhere then; else Python would complain at its end."""
+    try:
+        print(end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def run_script(main, expected=(RunError, ValueError)):
     """Call main(), and end the process where it fails.
 
@@ -231,9 +242,15 @@ def run_script(main, expected=(RunError, ValueError)):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
+        if not output_is_unread():
+            return
+        status = 141
     except KeyboardInterrupt:
         status = 130  # what a shell takes for Ctrl-C
+    except BrokenPipeError:
+        if not output_is_unread("\n"):
+            raise
+        status = 141  # what a shell takes for a broken pipe
     except expected as error:
         status = f"{type(error).__name__}: {error}"  # sys.exit prints a text, and ends with 1
     except Exception as error:

@@ -19,7 +19,8 @@ def test_differences_are_told_from_rounding():
     assert not compiler.differences(wanted, near, tolerance=1e-3)
     far = {"loss": torch.tensor(5.1), "a": torch.zeros(4), "rounding": torch.zeros(4)}
     assert compiler.differences(wanted, far, tolerance=1e-3) == ["a", "loss"]
-    # 16 bits: a gradient of a thousandth of the largest norm is mostly rounding, one of a tenth not.
+    # In 16 bits a gradient of a thousandth of the largest norm is mostly rounding, one of a tenth
+    # is not.
     small = {"loss": torch.tensor(5.0), "a": torch.tensor(0.005), "b": torch.tensor(0.5)}
     none = {"loss": torch.tensor(5.0), "a": torch.tensor(0.0), "b": torch.tensor(0.0)}
     assert compiler.differences(small, none, tolerance=0.2) == ["b"]

@@ -212,3 +212,18 @@ def test_a_second_ctrl_c_leaves_at_once_but_under_torchrun(group):
         assert stop.received
         with contextlib.nullcontext() if group else pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "words", [["study.py", "config/studies/constraint.py", "--list"], ["train.py", "--help"]]
+)
+def test_a_reader_who_has_seen_enough_is_no_error(words):
+    """As `| head -1`: the rest of the output finds a pipe that nobody reads."""
+    command = [sys.executable, "-u", *words]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as script:
+        script.stdout.readline()
+        script.stdout.close()
+        said = script.stderr.read()
+        assert said == b"", said.decode()
+        assert script.wait() in (0, 141)
