@@ -55,16 +55,16 @@ def wait_for_a_write(process, out_dir):
 
 @linux
 @pytest.mark.parametrize(
-    "processes, compiled, kills",
+    "n, processes, compiled, kills",
     [
-        (1, False, 5),
+        (2, 1, False, 5),
         *(
             pytest.param(*case, 20, marks=pytest.mark.long)
-            for case in [(1, False), (2, False), (1, True), (2, True)]
+            for case in [(2, 1, False), (2, 2, False), (2, 1, True), (2, 2, True), (8, 1, True)]
         ),
     ],
 )
-def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report):
+def test_killed_at_any_moment(n, processes, compiled, kills, tiny, tmp_path, report):
     """SIGKILL at random moments, some while a checkpoint is written, until the run is through.
 
     It ends with the bits of a run that was never killed.
@@ -77,7 +77,7 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
         f"--lr_decay_iters={steps}",
         "--init_from=auto",
         "--n_layer=1",
-        "--n_streams=2",
+        f"--n_streams={n}",
         f"--compile={compiled}",
     ]
     command = torchrun(2, *tiny) if processes == 2 else tiny
@@ -110,7 +110,8 @@ def test_killed_at_any_moment(processes, compiled, kills, tiny, tmp_path, report
     report(
         f"killed {killed} times, {writing} of them while a checkpoint was being written: "
         "the same bits "
-        f"({processes} process{'es' * (processes > 1)}, {'compiled' if compiled else 'eager'})"
+        f"({processes} process{'es' * (processes > 1)}, {'compiled' if compiled else 'eager'}, "
+        f"{n} streams)"
     )
     for name in (f"ckpt_{steps:07d}.pt", "best.pt"):
         assert_same_run(tmp_path / "reference" / name, out_dir / name)

@@ -12,9 +12,17 @@ from data import read_meta, write_meta, write_shard
 from mixers import MIXERS
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_trains_resumes_to_the_bit_and_samples(mixer, tiny, tmp_path):
-    tiny += [f"--mixer={mixer}", f"--n_streams={1 if mixer == 'residual' else 3}", "--dropout=0.1"]
+@pytest.mark.parametrize(
+    "mixer, n, knobs",
+    [
+        *((mixer, 1 if mixer == "residual" else 3, []) for mixer in MIXERS),
+        ("tbp", 8, []),
+        ("tbp", 8, ["--sees=input", "--readout=learned"]),
+    ],
+)
+def test_trains_resumes_to_the_bit_and_samples(mixer, n, knobs, tiny, tmp_path):
+    """Also with 8 streams, whose coefficients are tensors."""
+    tiny += [f"--mixer={mixer}", f"--n_streams={n}", "--dropout=0.1", *knobs]
     output = run(*tiny)
     assert "step 6/6 | loss" in output and "finished: 6 steps" in output
     assert sorted(p.name for p in (tmp_path / "out").glob("*.pt")) == [
