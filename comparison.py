@@ -19,9 +19,10 @@ gain            the largest composite gain at an evaluation of any run
 
 A time is a number of steps times the median step time; losses between evaluations are interpolated.
 
-Where learning_rate is swept, an arm stands at its best rate. That is a rate with the most runs; of
-such rates, one with the fewest diverged runs; of these, the one with the lowest mean loss. A run
-that diverged has no loss; it is counted.
+Where learning_rate is swept, an arm stands at its best rate, judged by the seeds that all its rates
+have: a rate with the fewest diverged runs; of these, the one with the lowest mean loss. So rates
+may be tried with one seed, and the best of them with more. Without a common seed, it is a rate with
+the most runs. A run that diverged has no loss; it is counted.
 """
 
 import csv
@@ -212,14 +213,25 @@ def best_rates(points):
     groups = {}
     for point in points:
         groups.setdefault(place(point), []).append(point)
-    return [min(group, key=badness) for group in groups.values()]
+    return [best_rate(group) for group in groups.values()]
+
+
+def best_rate(group):
+    """The best of the points of one place, by the seeds that all of them have."""
+    common = set.intersection(*(set(point.runs) for point in group))
+    if not common:
+        return min(group, key=lambda point: (-len(point.runs), *badness(point)))
+    paired = [
+        point._replace(runs={seed: point.runs[seed] for seed in sorted(common)}) for point in group
+    ]
+    return group[min(range(len(group)), key=lambda i: badness(paired[i]))]
 
 
 def badness(point):
-    """Lower is better: first more runs, then fewer that diverged, then a lower loss."""
+    """Lower is better: first fewer runs that diverged, then a lower loss."""
     diverged = len(point.runs) - len(point.finished())
     loss = point.mean("final_loss")
-    return -len(point.runs), diverged, math.inf if loss is None else loss
+    return diverged, math.inf if loss is None else loss
 
 
 def at_edge(point, points):

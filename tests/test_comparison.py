@@ -165,7 +165,7 @@ def rates(arm, losses_by_rate):
             {0.001: [4.0, 4.0], 0.002: [3.0, None], 0.004: [4.1, 4.1]},
             0.001,
         ),  # a divergence is worse
-        ({0.001: [4.0, 4.0], 0.002: [3.0], 0.004: [4.1, 4.1]}, 0.001),  # not all runs are there yet
+        ({0.001: [4.0, 1.0], 0.002: [3.0], 0.004: [4.1, 1.0]}, 0.002),  # by the seed that all have
         ({0.001: [None, None]}, 0.001),
     ],
 )
@@ -177,6 +177,12 @@ def test_each_arm_is_shown_at_its_best_rate(grid, best):
     marked = [row for row in rows_of(rates("tbp", grid)) if row["best"] == "True"]
     assert len(rows_of(rates("tbp", grid))) == len(grid)
     assert [float(row["learning_rate"]) for row in marked] == [best]
+
+
+def test_rates_without_a_common_seed_go_by_their_runs():
+    few, many = rates("tbp", {0.001: [4.0]}), rates("tbp", {0.002: [None, 5.0, 5.0]})
+    (chosen,) = comparison.best_rates(comparison.gather(few + many[1:]))
+    assert chosen.axes["learning_rate"] == 0.002
 
 
 def test_a_best_rate_at_the_edge_of_the_grid_says_so():
