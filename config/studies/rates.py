@@ -8,7 +8,11 @@ learn at four times the rate, says whether a bounded M is only slow: it explains
 lead that it closes, if its interval against tbp leaves out 0. A number a sublayer without mixing
 (residual_scale) and beside signs (orthogonal_scale) are judged as hc: their leads over tbp in
 config/studies/constraint.py are not a matter of the rate if they stand at the best rates.
-Added after tbp at .004, seed 1, which is .15 below tbp at .002: rates up to .016, and identity."""
+Added after tbp at .004, seed 1, which is .15 below tbp at .002: rates up to .016, and identity.
+Added after residual at .008, seed 1, which is .06 below the best tbp: tbp_slow, whose connections
+learn at a quarter of the rate. If its best is below tbp's, connections ask for a rate of their own,
+and mixers are compared with the best of both. M helps at all only if tbp or tbp_slow at its best
+rate is below residual at its own (95 % interval of the paired difference)."""
 
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
@@ -21,5 +25,6 @@ arms = {
     "identity": {"mixer": "identity"},
     "residual_scale": {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"},
     "orthogonal_scale": {"mixer": "orthogonal", "mix_scale": "sublayer"},
+    "tbp_slow": {"mixer": "tbp", "connection_lr": 0.25},
     "tbp_fast": {"mixer": "tbp", "connection_lr": 4.0},
 }
