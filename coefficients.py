@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mixers import FEW_STREAMS
-from passes import Logits, Project, at_least_float32, mean_square, stacked_logits
+from passes import Logits, Project, at_least_float32, mean_square
+from stacked import LogitsStacked
 
 
 class Coefficients(nn.Module):
@@ -69,12 +70,9 @@ class Coefficients(nn.Module):
         return recompute(self.dynamic_coefficients, y, r, self.alpha, self.bias)
 
     def dynamic_coefficients(self, y, r, alpha, bias):
-        if self.stacked:
-            parts = stacked_logits(y, r, alpha, bias, self.sizes, self.squashed)
-        else:
-            planes = Logits.apply(y, r, alpha, bias, self.sizes, self.squashed)
-            parts = split_planes(planes, self.sizes)
-        return self.coefficients_of(*parts)
+        logits = LogitsStacked if self.stacked else Logits
+        planes = logits.apply(y, r, alpha, bias, self.sizes, self.squashed)
+        return self.coefficients_of(*split_planes(planes, self.sizes))
 
     def static_coefficients(self, bias):
         planes = at_least_float32(bias)[:, None, None]  # (K, 1, 1)

@@ -7,8 +7,8 @@ layer on an H100's graph moved 2.62 times the bytes of the residual model's; now
 (LOG.md). streams.py puts the passes together.
 
 Throughout, x (B, T, n, C) are the streams. A *plane* (B, T) is one coefficient of all tokens, in
-float32; where coefficients do not depend on the token, a plane is (1, 1). Most of this file is for
-few streams, with a plane for each coefficient; the end is for many, with tensors that stack planes.
+float32; where coefficients do not depend on the token, a plane is (1, 1). This file is for few
+streams, with a plane for each coefficient; stacked.py is for many.
 """
 
 import torch
@@ -115,21 +115,30 @@ class Logits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_planes):
-        y, r, alpha = ctx.saved_tensors
-        grad, z = torch.stack(grad_planes), y * r  # (K, B, T)
-        part_of = one_hot_parts(ctx.sizes, alpha)  # (parts, K)
-        f, slope = z, None
-        if any(ctx.squashed):
-            squash = squashed_logits(ctx.sizes, ctx.squashed, y.device)
-            f = torch.where(squash, z.tanh(), z)
-            slope = torch.where(squash, 1 - f * f, 1.0)
-        grad_gain, grad_bias = torch.stack([grad * f, grad]).sum((-2, -1))
-        gain = sum((alpha[:, None] * part_of).unbind(0))  # (K,)
-        grad_z = grad * gain[:, None, None]
-        if slope is not None:
-            grad_z = grad_z * slope
-        grad_alpha = (grad_gain * part_of).sum(1)
-        return grad_z * r, (grad_z * y).sum(0), grad_alpha, grad_bias, None, None
+        return through_logits(ctx, torch.stack(grad_planes))
+
+
+def through_logits(ctx, grad):
+    """The gradient of the logits (K, B, T) -> those of the arguments of `Logits`."""
+    y, r, alpha = ctx.saved_tensors
+    z = y * r
+    part_of = one_hot_parts(ctx.sizes, alpha)  # (parts, K)
+    f, slope = z, None
+    if any(ctx.squashed):
+        squash = squashed_logits(ctx.sizes, ctx.squashed, y.device)
+        f = torch.where(squash, z.tanh(), z)
+        slope = torch.where(squash, 1 - f * f, 1.0)
+    grad_gain, grad_bias = torch.stack([grad * f, grad]).sum((-2, -1))
+    grad_z = grad * gains(alpha, part_of)[:, None, None]
+    if slope is not None:
+        grad_z = grad_z * slope
+    grad_alpha = (grad_gain * part_of).sum(1)
+    return grad_z * r, (grad_z * y).sum(0), grad_alpha, grad_bias, None, None
+
+
+def gains(alpha, part_of):
+    """(K,): the alpha of each logit's part."""
+    return sum((alpha[:, None] * part_of).unbind(0))
 
 
 def part_index(sizes, device):
@@ -180,7 +189,7 @@ class ReadAndMix(torch.autograd.Function):
         u = cast(sum((a[..., None] * x).unbind(-2)), x.dtype)
         if M is None:
             return u
-        return u, sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2]))
+        return u, mixed_by(M, x)
 
     @staticmethod
     def backward(ctx, grad_u, grad_mixed=None):
@@ -190,10 +199,15 @@ class ReadAndMix(torch.autograd.Function):
         grad_planes = [(at_least_float32(grad_u) * x_j).sum(-1) for x_j in xs]
         if M is not None:
             grads = grad_mixed.unbind(-2)
-            back = [M[..., i, :, None] * grad_mixed[..., None, i, :] for i in range(len(xs))]
-            grad_x = grad_x + sum(back)
+            grad_x = grad_x + mixed_by(M.mT, grad_mixed)
             grad_planes += [(grad_i * x_j).sum(-1) for grad_i in grads for x_j in xs]
         return grad_x.to(x.dtype), None, None, *sum_to_shape(a.shape[:-1], grad_planes)
+
+
+def mixed_by(M, x):
+    """sum_j M_ij x_j (B, T, n, C) in float32, one stream after the other: the compiler joins the
+    sum with what follows. A matrix product would store its result, in float32."""
+    return sum(M[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2]))
 
 
 class Write(torch.autograd.Function):
@@ -331,58 +345,6 @@ def sum_to_shape(shape, planes):
     if planes[0].shape == shape:
         return planes
     return torch.stack(planes).sum((-2, -1), keepdim=True).unbind(0)
-
-
-# ---- many streams: coefficients as tensors -------------------------------------------------------
-
-
-def stacked_logits(y, r, alpha, bias, sizes, squashed):
-    """As `Logits`, with a tensor (size, B, T) for each part."""
-    parts = zip((y * r).split(sizes), bias.split(sizes), alpha.unbind(0), squashed)
-    return [b[:, None, None] + a * (z.tanh() if squash else z) for z, b, a, squash in parts]
-
-
-class Combine(torch.autograd.Function):
-    """sum_j A_ij x_j (B, T, m, C) in float32, from A (B, T, m, n) in float32 and x (B, T, n, C).
-
-    One product for all m sums, and in the backward one for the gradient of A and one for that of x.
-    Between the two, x is stored in its own dtype. The backward casts its gradient to that dtype,
-    which loses nothing if the result was cast to it: the gradient of a cast has the cast's dtype.
-    """
-
-    @staticmethod
-    def forward(ctx, A, x):
-        ctx.save_for_backward(A, x)
-        return product_float32(A, x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        A, x = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        return product_float32(grad, x.mT), product_float32(A.mT, grad).to(x.dtype)
-
-
-def combine(A, x):
-    """`Combine`, also for A (1, 1, m, n) of a static layer."""
-    return Combine.apply(A.expand(*x.shape[:2], -1, -1), x)
-
-
-def product_float32(a, b):
-    """a (B, T, m, n) @ b (B, T, n, C), summed and returned in float32 (float64 stays float64).
-
-    On a GPU with b in 16 bits, both factors of the product are in 16 bits. A float32 a is then
-    split into two terms of b's dtype, so that row sums that are 1 stay 1 to 2^-16.
-    """
-    with torch.autocast(b.device.type, enabled=False):
-        if not b.is_cuda or b.dtype not in (torch.bfloat16, torch.float16):
-            return at_least_float32(a) @ at_least_float32(b)
-        m, terms = a.shape[-2], a
-        if a.dtype != b.dtype:
-            high = a.to(b.dtype)
-            terms = torch.cat([high, (a - high).to(b.dtype)], -2)  # (B, T, 2m, n)
-        both = torch.bmm(terms.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
-        both = both.unflatten(0, b.shape[:2])
-        return both if a.dtype == b.dtype else both[..., :m, :] + both[..., m:, :]
 
 
 # ---- dtypes --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ The residual state as n parallel streams, and everything that touches it.
     >>> streams.x.mean(2)                   # what the head reads, (2, 8, 64)
 
 Where the numbers come from that read, mix and write is in coefficients.py; the passes over the
-streams themselves, forward and backward, are in passes.py.
+streams themselves, forward and backward, are in passes.py and stacked.py.
 """
 
 import itertools
@@ -30,10 +30,9 @@ from passes import (
     ReadAndMix,
     Write,
     at_least_float32,
-    combine,
     fixed_read,
-    mean_square,
 )
+from stacked import MixWriteReadAheadStacked, MixWriteStacked, ReadStacked
 
 
 class Streams(NamedTuple):
@@ -287,39 +286,28 @@ class HyperConnection(Coefficients):
         new, square = Write.apply(mixed, branch(u), w, x.dtype, *write)
         return Streams(new, square if self.dynamic else None)
 
+    def by_tensors(self, streams, branch, read, write, mix):
+        """Forward for many streams: planes are stacked."""
+        a, w, M = matrices_of_stacks(read, write, mix)
+        v = branch(ReadStacked.apply(streams.x, a))
+        new, square = MixWriteStacked.apply(streams.x, v, w, M)
+        return Streams(new, square if self.dynamic else None)
+
     def ahead_by_planes(self, streams, v, read, write, mix):
         """As `by_planes`, with the branch's output v (B, T, C), where reads are taken ahead."""
         matrices, planes = matrices_of_planes(read, write, mix), read + write + mix
         passed = MixWriteReadAhead.apply(streams.x, v, *matrices, self.seen, *planes)
-        new, u, square, *fixed = passed
-        names = [name for name in self.seen if name in FIXED_READS]
-        return Streams(new, square if self.dynamic else None, u, **dict(zip(names, fixed)))
-
-    def by_tensors(self, streams, branch, read, write, mix):
-        """Forward for many streams: sums over the streams are matrix products.
-
-        read, write (n, B, T) and mix (n^2, B, T), or (n, 1, 1) and (n^2, 1, 1) if static; no mix
-        for M = I.
-        """
-        x = streams.x
-        a, w, M = matrices_of_stacks(read, write, mix)
-        sums = combine(a if M is None else torch.cat([a, M], -2), x)  # u, then the mixed streams
-        u = sums[..., 0, :].to(x.dtype)
-        mixed = x if M is None else sums[..., 1:, :]
-        new = mixed + w * branch(u)[..., None, :]  # float32
-        return Streams(new.to(x.dtype), mean_square(new) if self.dynamic else None)
+        return self.streams_of(*passed)
 
     def ahead_by_tensors(self, streams, v, read, write, mix):
         """As `by_tensors`, with the branch's output v (B, T, C), where reads are taken ahead."""
-        x = streams.x
-        a, w, M = matrices_of_stacks(read, write, mix)
-        mixed = x if M is None else combine(M, x)
-        new = (mixed + w * v[..., None, :]).to(x.dtype)
-        u = combine(a, new).squeeze(-2).to(x.dtype)
-        streams = with_fixed_reads(Streams(new, None, u), self.seen)
-        if not self.dynamic:
-            return streams
-        return streams._replace(mean_square=mean_square(*streams.select(self.seen)))
+        matrices = matrices_of_stacks(read, write, mix)
+        return self.streams_of(*MixWriteReadAheadStacked.apply(streams.x, v, *matrices, self.seen))
+
+    def streams_of(self, new, u, square, *fixed):
+        """What a pass that reads ahead returns -> Streams."""
+        names = [name for name in self.seen if name in FIXED_READS]
+        return Streams(new, square if self.dynamic else None, u, **dict(zip(names, fixed)))
 
     @torch.no_grad()
     def observe(self, streams):
@@ -357,7 +345,7 @@ class ReadOut(Coefficients):
     def forward(self, streams):
         x, read = streams.x, self.coefficients(streams)
         if self.stacked:
-            return combine(read.movedim(0, -1)[..., None, :], x).squeeze(-2).to(x.dtype)
+            return ReadStacked.apply(x, tokens_first(read))
         return ReadAndMix.apply(x, torch.stack(read, -1), None, *read)
 
 
@@ -370,10 +358,16 @@ def matrices_of_planes(read, write, mix):
 
 
 def matrices_of_stacks(read, write, mix):
-    """Stacked planes -> a (B, T, 1, n), w (B, T, n, 1), M (B, T, n, n), or None without planes."""
+    """As `matrices_of_planes`, of stacked planes."""
     n = len(read)
-    a, w = read.movedim(0, -1)[..., None, :], write.movedim(0, -1)[..., None]
-    return a, w, mix.movedim(0, -1).unflatten(-1, (n, n)) if len(mix) else None
+    M = tokens_first(mix).unflatten(-1, (n, n)) if len(mix) else None
+    return tokens_first(read), tokens_first(write), M
+
+
+def tokens_first(planes):
+    """(k, B, T) -> (B, T, k), in this order in memory: what is computed from x and a tensor in
+    another order could get that order, and would be copied."""
+    return planes.movedim(0, -1).contiguous()
 
 
 def twice_sigmoid(plane):

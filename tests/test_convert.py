@@ -16,7 +16,8 @@ import convert
 import remix
 from mixers import MIXERS, ds_error, mixing_matrix, n_logits
 from model import GPT, GPTConfig
-from streams import HyperConnection, Streams, mean_square
+from passes import mean_square
+from streams import HyperConnection, Streams
 
 SIZES = dict(block_size=16, vocab_size=320, n_layer=2, n_head=2, n_embd=C)
 MIXING = [name for name in MIXERS if not MIXERS[name].one_stream]

@@ -11,7 +11,8 @@ from torch.nn.functional import layer_norm, linear
 
 from mixers import MIXERS
 from model import GPT, GPTConfig
-from streams import Streams, mean_square
+from passes import mean_square
+from streams import Streams
 
 STEPS = 14
 # Clips at most steps; the cosine begins at step 4; an epoch ends within step 9.

@@ -1,0 +1,146 @@
+"""
+Passes over many streams: those of passes.py with tensors instead of planes.
+
+Above FEW_STREAMS (mixers.py) a list of n^2 planes would make code that grows with n^2. Here a, w
+and M are tensors (B, T, n), (B, T, n) and (B, T, n, n) in float32, with B = T = 1 where they do not
+depend on the token, and the Functions give the gradients of these tensors.
+
+Sums over the streams are still written out, n terms each, and not as matrix products: the compiler
+joins them with what comes before and after, where a product would store float32 streams. Only the
+gradient of M is a product, since it is n^2 sums over channels.
+"""
+
+import torch
+
+from passes import (
+    FIXED_READS,
+    add_up,
+    at_least_float32,
+    cast,
+    fixed_read,
+    fixed_weights,
+    gains,
+    mixed_by,
+    one_hot_parts,
+    squashed_logits,
+    through_logits,
+)
+
+
+class LogitsStacked(torch.autograd.Function):
+    """As `Logits`, one tensor (K, B, T)."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        y, r, alpha, bias, ctx.sizes, ctx.squashed = args
+        ctx.save_for_backward(y, r, alpha)
+        z = y * r
+        if any(ctx.squashed):
+            squash = squashed_logits(ctx.sizes, ctx.squashed, y.device)
+            z = torch.where(squash, z.tanh(), z)
+        gain = gains(alpha, one_hot_parts(ctx.sizes, alpha))
+        return bias[:, None, None] + gain[:, None, None] * z
+
+    @staticmethod
+    def backward(ctx, grad):
+        return through_logits(ctx, grad)
+
+
+class ReadStacked(torch.autograd.Function):
+    """x (B, T, n, C), a -> u = sum_j a_j x_j (B, T, C) in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        x, a = args
+        ctx.save_for_backward(x, a)
+        return cast((a[..., None] * x).sum(-2), x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_u):
+        x, a = ctx.saved_tensors
+        grad_u = at_least_float32(grad_u)[..., None, :]
+        grad_a = (grad_u * x).sum(-1)
+        return (a[..., None] * grad_u).to(x.dtype), grad_a.sum_to_size(a.shape)
+
+
+class MixWriteStacked(torch.autograd.Function):
+    """x (B, T, n, C), v (B, T, C), w, M or None for I.
+
+    -> x'_i = sum_j M_ij x_j + w_i v (B, T, n, C) in x's dtype, and its mean square (B, T) in
+    float32.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        x, v, w, M = args
+        ctx.save_for_backward(x, v, w, M)
+        new = mix_and_write(x, v, w, M)
+        mean_square = new.square().mean((-2, -1))
+        ctx.mark_non_differentiable(mean_square)
+        return cast(new, x.dtype), mean_square
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, v, w, M = ctx.saved_tensors
+        grad_w = (at_least_float32(grad) * v[..., None, :]).sum(-1).sum_to_size(w.shape)
+        grad_v = (w[..., None] * grad).sum(-2).to(v.dtype)
+        if M is None:
+            return grad, grad_v, grad_w, None
+        grad_M = inner_products(grad, x).sum_to_size(M.shape)
+        return mixed_by(M.mT, grad).to(x.dtype), grad_v, grad_w, grad_M
+
+
+class MixWriteReadAheadStacked(torch.autograd.Function):
+    """As `MixWriteReadAhead`, from x, v, a, w, M or None for I, and the names alone."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        x, v, a, w, M, seen = args
+        ctx.save_for_backward(x, v, a, w, M)
+        ctx.fixed = [name for name in seen if name in FIXED_READS]
+        new = mix_and_write(x, v, w, M)
+        u = (a[..., None] * new).sum(-2)
+        fixed = [fixed_read(name, new.unbind(-2)) for name in ctx.fixed]
+        squares = [s.square().mean(-1) for s in ([u, *fixed] if "input" in seen else fixed)]
+        mean_square = add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
+        ctx.mark_non_differentiable(mean_square)
+        return cast(new, x.dtype), cast(u, x.dtype), mean_square, *[cast(s, x.dtype) for s in fixed]
+
+    @staticmethod
+    def backward(ctx, grad, grad_u, _, *grad_fixed):
+        x, v, a, w, M = ctx.saved_tensors
+        v32, grad_u = at_least_float32(v), at_least_float32(grad_u)
+        for name, grad_s in zip(ctx.fixed, grad_fixed):
+            weights = torch.stack(fixed_weights(name, at_least_float32(x).unbind(-2)))
+            grad = grad + weights * at_least_float32(grad_s)[..., None, :]
+
+        u_v = (grad_u * v32).sum(-1, keepdim=True)
+        u_x = (grad_u[..., None, :] * x).sum(-1)
+        grad_w = (at_least_float32(grad) * v32[..., None, :]).sum(-1) + a * u_v
+        grad_a, grad_M = u_x + w * u_v, None
+        if M is not None:
+            grad_a = (M * u_x[..., None, :]).sum(-1) + w * u_v
+            grad_M = inner_products(cast(grad, x.dtype), x) + a[..., None] * u_x[..., None, :]
+            grad_M = grad_M.sum_to_size(M.shape)
+
+        G = grad + a[..., None] * grad_u[..., None, :]  # the whole gradient of x'
+        grad_x = (G if M is None else mixed_by(M.mT, G)).to(x.dtype)
+        grad_v = (w[..., None] * G).sum(-2).to(v.dtype)
+        grad_a, grad_w = grad_a.sum_to_size(a.shape), grad_w.sum_to_size(w.shape)
+        return grad_x, grad_v, grad_a, grad_w, grad_M, None
+
+
+def mix_and_write(x, v, w, M):
+    """-> sum_j M_ij x_j + w_i v (B, T, n, C) in float32."""
+    mixed = x if M is None else mixed_by(M, x)
+    return at_least_float32(mixed) + w[..., None] * at_least_float32(v)[..., None, :]
+
+
+def inner_products(a, b):
+    """<a_i, b_j>, sums over channels (B, T, n, n) in float32 (float64 stays float64), of a and b
+    (B, T, n, C) in one dtype."""
+    with torch.autocast(a.device.type, enabled=False):
+        if not a.is_cuda or a.dtype == torch.float32:
+            return at_least_float32(a) @ at_least_float32(b).mT
+        both = torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out_dtype=torch.float32)
+        return both.unflatten(0, a.shape[:2])
