@@ -306,14 +306,16 @@ def test_gradients_are_those_of_the_parameters_that_the_forward_had(dynamic):
     torch.testing.assert_close(gradients, expected)
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name, n", [*((name, 4) for name in MIXING), ("tbp", 8), ("rtbp", 8)])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_coefficients_are_float32_in_a_bfloat16_model(name, dynamic):
-    hc = HyperConnection(name, 4, 8, dynamic=dynamic).bfloat16()
+@pytest.mark.parametrize("autocast", [True, False])
+def test_coefficients_are_float32_in_a_bfloat16_model(name, n, dynamic, autocast):
+    hc = HyperConnection(name, n, 8, dynamic=dynamic).bfloat16()
     torch.manual_seed(0)
     hc.bias.data.normal_()
-    x = torch.randn(1, 3, 4, 8).bfloat16()
-    coefficients = hc.observe(Streams(x, mean_square(x)))
+    x = torch.randn(1, 3, n, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        coefficients = hc.observe(Streams(x, mean_square(x)))
     assert {t.dtype for t in coefficients} == {torch.float32}
     assert not MIXERS[name].exact or ds_error(coefficients[2]).max() < 1e-6
 
