@@ -31,14 +31,14 @@ class LogitsStacked(torch.autograd.Function):
     """As `Logits`, one tensor (K, B, T)."""
 
     @staticmethod
-    def forward(ctx, *args):
-        y, r, alpha, bias, ctx.sizes, ctx.squashed = args
+    def forward(ctx, y, r, alpha, bias, sizes, squashed):
         ctx.save_for_backward(y, r, alpha)
+        ctx.sizes, ctx.squashed = sizes, squashed
         z = y * r
-        if any(ctx.squashed):
-            squash = squashed_logits(ctx.sizes, ctx.squashed, y.device)
+        if any(squashed):
+            squash = squashed_logits(sizes, squashed, y.device)
             z = torch.where(squash, z.tanh(), z)
-        gain = gains(alpha, one_hot_parts(ctx.sizes, alpha))
+        gain = gains(alpha, one_hot_parts(sizes, alpha))
         return bias[:, None, None] + gain[:, None, None] * z
 
     @staticmethod
@@ -50,8 +50,7 @@ class ReadStacked(torch.autograd.Function):
     """x (B, T, n, C), a -> u = sum_j a_j x_j (B, T, C) in x's dtype."""
 
     @staticmethod
-    def forward(ctx, *args):
-        x, a = args
+    def forward(ctx, x, a):
         ctx.save_for_backward(x, a)
         return cast((a[..., None] * x).sum(-2), x.dtype)
 
@@ -71,8 +70,7 @@ class MixWriteStacked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *args):
-        x, v, w, M = args
+    def forward(ctx, x, v, w, M):
         ctx.save_for_backward(x, v, w, M)
         new = mix_and_write(x, v, w, M)
         mean_square = new.square().mean((-2, -1))
@@ -94,8 +92,7 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
     """As `MixWriteReadAhead`, from x, v, a, w, M or None for I, and the names alone."""
 
     @staticmethod
-    def forward(ctx, *args):
-        x, v, a, w, M, seen = args
+    def forward(ctx, x, v, a, w, M, seen):
         ctx.save_for_backward(x, v, a, w, M)
         ctx.fixed = [name for name in seen if name in FIXED_READS]
         new = mix_and_write(x, v, w, M)

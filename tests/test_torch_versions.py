@@ -200,6 +200,19 @@ def test_traced_is_eager(mixer, knobs, n, dynamic, bfloat16):
     assert_same(*(squares_and_gradients(s, n, bfloat16) for s in (traced, eager)), 1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n", [2, 6])
+@pytest.mark.parametrize("knobs", [{}, READ_AHEAD], ids=str)
+def test_traced_without_gradients_is_eager(knobs, n):
+    """As in an evaluation. There torch 2.13 does not trace a Function of two tensors whose forward
+    takes (ctx, *args)."""
+    torch.compiler.reset()
+    traced, eager = (Sublayer(build("tbp", n, True, knobs)) for _ in range(2))
+    traced.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    x = torch.randn(2, 8, n, 16)
+    torch.testing.assert_close(traced(x), eager(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mixer, knobs, dynamic", CASES, ids=str)
