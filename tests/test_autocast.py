@@ -7,6 +7,7 @@ import torch
 from mixers import MIXERS, composite_gain
 from model import GPT, GPTConfig
 from passes import mean_square
+from stacked import ReadStacked
 from streams import VECTORS, HyperConnection, Streams, fields_seen
 
 LAYERS, CHANNELS, TOKENS = 24, 512, 16  # 48 sublayers
@@ -153,3 +154,13 @@ def test_eight_streams_are_as_near_to_float64_as_four(mixer, dynamic, sees):
     are smooth: where a token's tbp has a kink, a rounded logit can lie on the other side."""
     four, eight = (relative_errors(mixer, n, dynamic, sees) for n in (4, 8))
     assert (eight < 1.3 * four + 1e-3).all(), (four, eight)
+
+
+@pytest.mark.quick
+def test_eight_streams_are_read_with_float32_weights():
+    """Two streams that are opposite, with weights that bfloat16 cannot tell apart."""
+    x = torch.zeros(1, 1, 8, 4, dtype=torch.bfloat16)
+    x[..., 0, :], x[..., 1, :] = 1, -1
+    a = torch.full((1, 1, 8), 0.5)
+    a[..., 0] += 2**-12
+    assert torch.equal(ReadStacked.apply(x, a), torch.full_like(x[..., 0, :], 2**-12))
