@@ -221,10 +221,11 @@ def best_rate(group):
     common = set.intersection(*(set(point.runs) for point in group))
     if not common:
         return min(group, key=lambda point: (-len(point.runs), *badness(point)))
-    paired = [
-        point._replace(runs={seed: point.runs[seed] for seed in sorted(common)}) for point in group
-    ]
-    return group[min(range(len(group)), key=lambda i: badness(paired[i]))]
+    return min(group, key=lambda point: badness(of_seeds(point, common)))
+
+
+def of_seeds(point, seeds):
+    return point._replace(runs={seed: point.runs[seed] for seed in seeds})
 
 
 def badness(point):

@@ -254,6 +254,13 @@ def fixed_weights(name, xs):
     return FIXED_READS[name](len(xs), xs[0].shape[-1], **kind).unbind(0)
 
 
+def mean_of_squares(vectors):
+    """The mean square (B, T) of all numbers of some vectors (B, T, C). Unlike `mean_square`, which
+    joins them first, one sum for each."""
+    squares = [s.square().mean(-1) for s in vectors]
+    return add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
+
+
 def fixed_read(name, xs):
     """-> s (B, T, C)."""
     return add_up([weight * x for weight, x in zip(fixed_weights(name, xs), xs)])
@@ -293,8 +300,7 @@ class MixWriteReadAhead(torch.autograd.Function):
             new.append(mixed + w[..., i, None] * v)
         u = sum(a[..., i, None] * x_i for i, x_i in enumerate(new))
         fixed = [fixed_read(name, new) for name in ctx.fixed]
-        squares = [s.square().mean(-1) for s in ([u, *fixed] if "input" in seen else fixed)]
-        mean_square = add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
+        mean_square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
         ctx.mark_non_differentiable(mean_square)
         new = torch.stack([cast(x_i, x.dtype) for x_i in new], -2)
         return new, cast(u, x.dtype), mean_square, *[cast(s, x.dtype) for s in fixed]

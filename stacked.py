@@ -14,12 +14,12 @@ import torch
 
 from passes import (
     FIXED_READS,
-    add_up,
     at_least_float32,
     cast,
     fixed_read,
     fixed_weights,
     gains,
+    mean_of_squares,
     mixed_by,
     one_hot_parts,
     squashed_logits,
@@ -98,8 +98,7 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
         new = mix_and_write(x, v, w, M)
         u = (a[..., None] * new).sum(-2)
         fixed = [fixed_read(name, new.unbind(-2)) for name in ctx.fixed]
-        squares = [s.square().mean(-1) for s in ([u, *fixed] if "input" in seen else fixed)]
-        mean_square = add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
+        mean_square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
         ctx.mark_non_differentiable(mean_square)
         return cast(new, x.dtype), cast(u, x.dtype), mean_square, *[cast(s, x.dtype) for s in fixed]
 
