@@ -77,9 +77,10 @@ class Decoder:
 
     def compile(self):
         """Send the step of a token through torch.compile; it compiles when it is first called."""
-        options = dict(fullgraph=True, dynamic=False, options=compiler_options())
-        self.run_block = torch.compile(run_block, **options)
-        self.run_head = torch.compile(run_head, **options)
+        options = compiler_options(self.model.config.n_streams)
+        how = dict(fullgraph=True, dynamic=False, options=options)
+        self.run_block = torch.compile(run_block, **how)
+        self.run_head = torch.compile(run_head, **how)
 
     @torch.no_grad()
     def prefill(self, rows, texts):

@@ -355,7 +355,7 @@ class GPT(nn.Module):
         is computed again. torch has one such setting for the whole process.
         """
         torch._functorch.config.activation_memory_budget = activation_memory_budget
-        options = compiler_options()
+        options = compiler_options(self.config.n_streams)
         for region in (*self.blocks, self.head):
             region.compile(fullgraph=True, dynamic=False, options=options)
 

@@ -13,8 +13,10 @@ streams, with a plane for each coefficient; stacked.py is for many.
 
 import torch
 
+from mixers import FEW_STREAMS
 
-def compiler_options():
+
+def compiler_options(n_streams):
     """Options for torch.compile, those of them that this version of torch knows."""
     wanted = {
         # A sum over the n streams stays a loop. Below this number of terms Inductor would unroll
@@ -30,6 +32,10 @@ def compiler_options():
         "max_pointwise_cat_inputs": 3,
         "max_complex_pointwise_cat_inputs": 3,  # the same, since torch 2.13
     }
+    if n_streams > FEW_STREAMS:
+        # A sum over the streams reads each of them and its factor. After the default's 8 reads
+        # Inductor would store the sum so far, in float32.
+        wanted["realize_acc_reads_threshold"] = 4 * n_streams
     known = set(torch._inductor.list_options())
     return {name: value for name, value in wanted.items() if name in known}
 

@@ -119,9 +119,13 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
             grad_M = inner_products(cast(grad, x.dtype), x) + a[..., None] * u_x[..., None, :]
             grad_M = grad_M.sum_to_size(M.shape)
 
-        G = grad + a[..., None] * grad_u[..., None, :]  # the whole gradient of x'
-        grad_x = (G if M is None else mixed_by(M.mT, G)).to(x.dtype)
-        grad_v = (w[..., None] * G).sum(-2).to(v.dtype)
+        # The whole gradient of x'_i is grad_i + a_i grad_u. The sums over i are taken of each of
+        # these two terms apart: the sum of the terms would be stored, in float32.
+        mixed_a = a if M is None else (M * a[..., None]).sum(-2)  # sum_i M_ij a_i
+        grad_x = grad if M is None else mixed_by(M.mT, grad)
+        grad_x = (grad_x + mixed_a[..., None] * grad_u[..., None, :]).to(x.dtype)
+        grad_v = (w[..., None] * grad).sum(-2) + (w * a).sum(-1, keepdim=True) * grad_u
+        grad_v = grad_v.to(v.dtype)
         grad_a, grad_w = grad_a.sum_to_size(a.shape), grad_w.sum_to_size(w.shape)
         return grad_x, grad_v, grad_a, grad_w, grad_M, None
 

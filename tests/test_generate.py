@@ -135,7 +135,7 @@ def test_the_step_is_compiled_with_the_options(monkeypatch):
     compiled = {}
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.update({function: how}))
     Decoder(build(), 1, 16).compile()
-    how = {"fullgraph": True, "dynamic": False, "options": compiler_options()}
+    how = {"fullgraph": True, "dynamic": False, "options": compiler_options(4)}
     assert compiled == {run_block: how, run_head: how}
 
 

@@ -178,7 +178,7 @@ def test_every_block_and_the_head_are_compiled_with_the_options(monkeypatch):
     with torch._functorch.config.patch(activation_memory_budget=1.0):
         model = build("tbp")
         model.compile_regions(activation_memory_budget=0.5)
-        how = {"fullgraph": True, "dynamic": False, "options": compiler_options()}
+        how = {"fullgraph": True, "dynamic": False, "options": compiler_options(4)}
         assert compiled == dict.fromkeys([*model.blocks, model.head], how)
         assert torch._functorch.config.activation_memory_budget == 0.5
 

@@ -144,8 +144,10 @@ def test_this_torch_knows_the_compiler_s_options():
         "max_fusion_size",
         "cpp.max_horizontal_fusion_size",
         "max_pointwise_cat_inputs",
+        "realize_acc_reads_threshold",
     }
-    assert known <= compiler_options().keys()
+    assert known <= compiler_options(n_streams=8).keys()
+    assert "realize_acc_reads_threshold" not in compiler_options(n_streams=4)
 
 
 @pytest.mark.quick

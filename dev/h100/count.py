@@ -50,7 +50,8 @@ def capture_step(config, batch_size):
         with torch.device("cuda:0"):
             model = GPT(config)
             idx, targets = (torch.empty(shape, dtype=torch.long) for _ in range(2))
-        model.compile(fullgraph=True, dynamic=False, options=compiler_options())
+        options = compiler_options(config.n_streams)
+        model.compile(fullgraph=True, dynamic=False, options=options)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(idx, targets)[1]
         loss.backward()
