@@ -26,12 +26,15 @@ depend on the token (residual_scale_static), and whether it is a larger embeddin
 (residual_scale_embed), counts against residual_scale in the same way."""
 
 files = ["config/laptop.py", "config/deep.py"]
+knobs = {"learning_rate": 2e-3, "min_lr": 2e-4}  # too low: see config/studies/rates.py
 seeds = 5
 
 # residual_wide: a dynamic connection of n = 4 streams of C = 64 channels makes 4 + 4 + 9 numbers
 # (read, write, logits of tbp), each from 4 * 64 channels and a bias, and has 3 gates
 _connection = (4 + 4 + 9) * (4 * 64 + 1) + 3  # 4,372 parameters, twice a layer
 _n_mlp = 4 * 64 + round(2 * _connection / (2 * 64))  # a hidden unit has 2 * 64 weights: 324
+
+_scale = {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"}
 
 references = ["residual", "identity", "tbp", "hc"]
 # The most telling arms come first: a study that is cut short has them.
@@ -46,19 +49,9 @@ arms = {
     "hc_bounded": {"mixer": "hc", "gates": "bounded"},
     "tbp_free": {"mixer": "tbp", "gates": "free"},
     "tbp_scale": {"mixer": "tbp", "mix_scale": "sublayer"},
-    "residual_scale": {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"},
-    "residual_scale_static": {
-        "mixer": "residual",
-        "n_streams": 1,
-        "mix_scale": "sublayer",
-        "dynamic": False,
-    },
-    "residual_scale_embed": {
-        "mixer": "residual",
-        "n_streams": 1,
-        "mix_scale": "sublayer",
-        "embed_scale": 8.0,
-    },
+    "residual_scale": _scale,
+    "residual_scale_static": {**_scale, "dynamic": False},
+    "residual_scale_embed": {**_scale, "embed_scale": 8.0},
     "identity_scale": {"mixer": "identity", "mix_scale": "sublayer"},
     "orthogonal_scale": {"mixer": "orthogonal", "mix_scale": "sublayer"},
     "tbp_scale_embed": {"mixer": "tbp", "mix_scale": "sublayer", "embed_scale": 8.0},

@@ -9,17 +9,24 @@ streams earn, since every lean form has the former. tbp_lean_fast separates what
 from how fast they learn: phi with n times fewer columns moves its logits n times less a step.
 Added after config/studies/constraint.py: a number a sublayer (tbp_lean_scale,
 orthogonal_lean_scale) may not need what the coefficients of M need. Such a form is as good as its
-faithful one, in that study, by the same rule."""
-references = ["residual", "tbp"]
+faithful one, in that study, by the same rule.
+Added after config/studies/rates.py, where .002 was far too low and tbp is best at .008 with slower
+connections: each arm counts at the better of .008 and .002, and arms whose connections learn at a
+quarter of the rate are compared with tbp_slow. phi of a lean form has n times fewer columns, so its
+logits are slower already, and tbp_lean may not need it."""
+references = ["residual", "tbp_slow"]
 
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
+sweep = {"learning_rate": [8e-3, 2e-3]}
 
 _lean = {"sees": "input", "readout": "learned"}
 arms = {
     "residual": {"mixer": "residual", "n_streams": 1},
+    "tbp_slow": {"mixer": "tbp", "connection_lr": 0.25},
     "tbp": {"mixer": "tbp"},
     "tbp_lean": {"mixer": "tbp", **_lean},
+    "tbp_lean_slow": {"mixer": "tbp", **_lean, "connection_lr": 0.25},
     "tbp_lean_fast": {"mixer": "tbp", **_lean, "connection_lr": 4.0},
     "tbp_shares": {"mixer": "tbp", **_lean, "sees": "shares"},
     "tbp_input_mean": {"mixer": "tbp", **_lean, "sees": "input+mean"},
