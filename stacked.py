@@ -27,6 +27,33 @@ from passes import (
 )
 
 
+@torch.library.custom_op("stacked::tokens_first", mutates_args=())
+def tokens_first(planes: torch.Tensor) -> torch.Tensor:
+    """(k, B, T) -> (B, T, k), in this order in memory. One operation to the compiler: it would
+    leave out the copy, and the passes over the streams would go through all tokens for each stream,
+    since the planes lie one after the other."""
+    return planes.movedim(0, -1).clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("stacked::planes_first", mutates_args=())
+def planes_first(values: torch.Tensor) -> torch.Tensor:
+    """(B, T, k) -> (k, B, T), in this order in memory."""
+    return values.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
+
+
+@tokens_first.register_fake
+def like_tokens_first(planes):
+    return planes.new_empty(*planes.shape[1:], len(planes))
+
+
+@planes_first.register_fake
+def like_planes_first(values):
+    return values.new_empty(values.shape[-1], *values.shape[:-1])
+
+
+tokens_first.register_autograd(lambda ctx, grad: planes_first(grad))
+
+
 class LogitsStacked(torch.autograd.Function):
     """As `Logits`, one tensor (K, B, T)."""
 

@@ -32,7 +32,7 @@ from passes import (
     at_least_float32,
     fixed_read,
 )
-from stacked import MixWriteReadAheadStacked, MixWriteStacked, ReadStacked
+from stacked import MixWriteReadAheadStacked, MixWriteStacked, ReadStacked, tokens_first
 
 
 class Streams(NamedTuple):
@@ -360,14 +360,9 @@ def matrices_of_planes(read, write, mix):
 def matrices_of_stacks(read, write, mix):
     """As `matrices_of_planes`, of stacked planes."""
     n = len(read)
-    M = tokens_first(mix).unflatten(-1, (n, n)) if len(mix) else None
-    return tokens_first(read), tokens_first(write), M
-
-
-def tokens_first(planes):
-    """(k, B, T) -> (B, T, k), in this order in memory: what is computed from x and a tensor in
-    another order could get that order, and would be copied."""
-    return planes.movedim(0, -1).contiguous()
+    values = tokens_first(torch.cat([read, write, mix] if len(mix) else [read, write]))
+    M = values[..., 2 * n :].unflatten(-1, (n, n)) if len(mix) else None
+    return values[..., :n], values[..., n : 2 * n], M
 
 
 def twice_sigmoid(plane):

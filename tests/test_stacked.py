@@ -1,0 +1,66 @@
+"""How the streams and their coefficients lie in memory where there are many of them."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_fw_bw_and_get_code
+
+from passes import compiler_options
+from stacked import planes_first, tokens_first
+from streams import HyperConnection, ReadOut, start_streams
+
+CHANNELS = 24
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("shape", [(7, 2, 3), (1, 2, 3), (7, 1, 1), (7, 0, 3)])
+def test_planes_become_tokens_and_back(shape):
+    planes = torch.arange(float(torch.Size(shape).numel())).view(shape).requires_grad_()
+    values = tokens_first(planes)
+    assert values.shape == (*shape[1:], shape[0]) and values.is_contiguous()
+    assert torch.equal(values, planes.permute(1, 2, 0))
+    assert torch.equal(planes_first(values), planes) and planes_first(values).is_contiguous()
+    torch.library.opcheck(tokens_first, (planes,))
+    torch.library.opcheck(planes_first, (planes.detach(),))
+    values.backward(weight := torch.randn(values.shape))
+    assert torch.equal(planes.grad, weight.permute(2, 0, 1))
+
+
+class Chain(nn.Module):
+    """Two connections with a norm and a linear branch, and a read-out."""
+
+    def __init__(self, mixer, n, sees):
+        super().__init__()
+        own = {"n_streams": n, "n_embd": CHANNELS, "sees": sees}
+        self.connections = nn.ModuleList(HyperConnection(mixer, sublayer=i, **own) for i in (0, 1))
+        self.branch = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, CHANNELS))
+        self.read_out = ReadOut(n, CHANNELS)
+        self.n = n
+
+    def forward(self, x):
+        streams = start_streams(x, self.n)
+        if self.connections[0].read_ahead:
+            streams = streams._replace(input=x, mean_square=x.square().mean(-1))
+        for connection in self.connections:
+            streams = connection(streams, self.branch)
+        return self.read_out(streams._replace(mean_square=None)).sum()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sees", ["streams", "input"])
+@pytest.mark.parametrize("mixer", ["tbp", "hc", "identity"])
+def test_a_token_s_streams_lie_side_by_side_in_compiled_code(mixer, sees):
+    """Otherwise a pass over the streams goes through all tokens n times. Read in the code that the
+    compiler generates: the strides of each buffer that holds all streams."""
+    torch.manual_seed(0)
+    n, B, T = 6, 2, 5
+    chain = Chain(mixer, n, sees)
+    chain.compile(fullgraph=True, dynamic=False, options=compiler_options(n))
+    _, codes = run_fw_bw_and_get_code(lambda: chain(torch.randn(B, T, CHANNELS)))
+    numbers = r"\(([\d, ]+)\)"
+    found = re.findall(rf"empty_strided_cpu\({numbers}, {numbers}", "\n".join(codes))
+    buffers = [[list(map(int, re.findall(r"\d+", part))) for part in buffer] for buffer in found]
+    strides = [stride for size, stride in buffers if size == [B, T, n, CHANNELS]]
+    assert strides and all(s == [T * n * CHANNELS, n * CHANNELS, CHANNELS, 1] for s in strides)
