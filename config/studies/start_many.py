@@ -1,4 +1,4 @@
-# Where training starts with more than 4 streams: 12 layers of 64 channels, 8 and 16 streams.
+# Where training starts with more than 4 streams: 6 layers of 64 channels, 8 and 16 streams.
 # python prepare_data.py && python study.py config/studies/start_many.py --jobs=2
 question = "Beyond 4 streams, does a start near I hold a chart back?"
 decision = """\
@@ -11,7 +11,7 @@ that can leave it. All arms have the rates that suited tbp in config/studies/rat
 references = ["n_8", "n_16"]
 
 files = ["config/laptop.py", "config/deep.py"]
-knobs = {"n_layer": 12, "connection_lr": 0.25}
+knobs = {"n_layer": 6, "connection_lr": 0.25}
 seeds = 5
 arms = {
     "n_8": {"mixer": "tbp", "n_streams": 8},
