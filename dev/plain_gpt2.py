@@ -45,6 +45,7 @@ class PlainGPT2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
