@@ -55,20 +55,38 @@ def test_counts_are_those_made_by_hand():
     assert 8 <= registers <= 64 and local_bytes == 0 and warps in (4, 8)
 
 
+def counted(tmp_path, *words):
+    """{mixer: (launches, times residual's bytes)} and what made them."""
+    python("-m", "dev.h100.report", *words, f"--json={tmp_path}/counts.json")
+    document = json.loads((tmp_path / "counts.json").read_text())
+    layers = {
+        mixer: (layer["launches"], layer["bytes_ratio"])
+        for mixer, layer in document["one_layer"].items()
+    }
+    return layers, document["made_by"]
+
+
 @needs_tools
 @pytest.mark.long
 def test_the_figures_of_the_readme(tmp_path):
-    python("-m", "dev.h100.report", "--mixers=identity,tbp", f"--json={tmp_path}/counts.json")
-    document = json.loads((tmp_path / "counts.json").read_text())
-    assert {"commit", "clean", "torch", "triton", "command"} <= document["made_by"].keys()
-    layers = document["one_layer"]
-    assert {mixer: layer["launches"] for mixer, layer in layers.items()} == {
+    layers, made_by = counted(tmp_path, "--mixers=identity,tbp")
+    assert {"commit", "clean", "torch", "triton", "command"} <= made_by.keys()
+    assert {name: launches for name, (launches, _) in layers.items()} == {
         "residual": 41,
         "identity": 65,
         "tbp": 65,
     }
-    assert layers["identity"]["bytes_ratio"] < 1.885
-    assert layers["tbp"]["bytes_ratio"] < 1.91
+    assert layers["identity"][1] < 1.885 and layers["tbp"][1] < 1.91
+
+
+@needs_tools
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "form, most", [([], 3.2), (["sees=input", "readout=learned"], 2.45)], ids=["faithful", "lean"]
+)
+def test_the_figures_of_eight_streams(tmp_path, form, most):
+    layers, _ = counted(tmp_path, "--mixers=tbp", "n_streams=8", *form)
+    assert layers["tbp"][0] <= 92 and layers["tbp"][1] < most
 
 
 @pytest.mark.quick
