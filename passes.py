@@ -17,7 +17,7 @@ from mixers import FEW_STREAMS
 
 
 def compiler_options(n_streams):
-    """Options for torch.compile, those of them that this version of torch knows."""
+    """The options for torch.compile that this version of torch knows."""
     wanted = {
         # A sum over the n streams stays a loop. Below this number of terms Inductor would unroll
         # it, and then could not fuse it with the kernel that wrote the streams.
@@ -33,8 +33,8 @@ def compiler_options(n_streams):
         "max_complex_pointwise_cat_inputs": 3,  # the same, since torch 2.13
     }
     if n_streams > FEW_STREAMS:
-        # A sum over the streams reads each of them and its factor. After the default's 8 reads
-        # Inductor would store the sum so far, in float32.
+        # A sum over the streams reads each of them and its factor, 2 n reads, and joins others.
+        # After the default's 8 reads Inductor would store the sum so far, in float32.
         wanted["realize_acc_reads_threshold"] = 4 * n_streams
     known = set(torch._inductor.list_options())
     return {name: value for name, value in wanted.items() if name in known}
@@ -261,8 +261,8 @@ def fixed_weights(name, xs):
 
 
 def mean_of_squares(vectors):
-    """The mean square (B, T) of all numbers of some vectors (B, T, C). Unlike `mean_square`, which
-    joins them first, one sum for each."""
+    """The mean square (B, T) of all numbers of some vectors (B, T, C). One sum for each vector:
+    `mean_square` joins them first."""
     squares = [s.square().mean(-1) for s in vectors]
     return add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
 
@@ -365,7 +365,7 @@ def sum_to_shape(shape, planes):
 def matmul_float32(a, b):
     """a @ b, summed and returned in float32 (float64 stays float64)."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype != torch.float32:
+        if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
             return torch.mm(a, b, out_dtype=torch.float32)
         return at_least_float32(a) @ at_least_float32(b)
 

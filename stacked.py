@@ -5,9 +5,10 @@ Above FEW_STREAMS (mixers.py) a list of n^2 planes would make code that grows wi
 and M are tensors (B, T, n), (B, T, n) and (B, T, n, n) in float32, with B = T = 1 where they do not
 depend on the token, and the Functions give the gradients of these tensors.
 
-Sums over the streams are still written out, n terms each, and not as matrix products: the compiler
-joins them with what comes before and after, where a product would store float32 streams. Only the
-gradient of M is a product, since it is n^2 sums over channels.
+The mix is written out, n terms, and is not a matrix product: the compiler joins the sum with what
+comes before and after, where a product would store float32 streams. Only the gradient of M is a
+product, since it is n^2 sums over channels. The gradients of static coefficients are summed over
+all tokens (sum_to_size).
 """
 
 import torch
@@ -17,7 +18,6 @@ from passes import (
     at_least_float32,
     cast,
     fixed_read,
-    fixed_weights,
     gains,
     mean_of_squares,
     mixed_by,
@@ -29,9 +29,11 @@ from passes import (
 
 @torch.library.custom_op("stacked::tokens_first", mutates_args=())
 def tokens_first(planes: torch.Tensor) -> torch.Tensor:
-    """(k, B, T) -> (B, T, k), in this order in memory. One operation to the compiler: it would
-    leave out the copy, and the passes over the streams would go through all tokens for each stream,
-    since the planes lie one after the other."""
+    """(k, B, T) -> (B, T, k), in this order in memory.
+
+    The compiler sees one operation, here and in the gradient. Otherwise it would leave out the
+    copy: the planes lie one after the other, and a pass over the streams would go through all
+    tokens once for each stream."""
     return planes.movedim(0, -1).clone(memory_format=torch.contiguous_format)
 
 
@@ -55,7 +57,7 @@ tokens_first.register_autograd(lambda ctx, grad: planes_first(grad))
 
 
 class LogitsStacked(torch.autograd.Function):
-    """As `Logits`, one tensor (K, B, T)."""
+    """As `Logits`, but returns one tensor (K, B, T)."""
 
     @staticmethod
     def forward(ctx, y, r, alpha, bias, sizes, squashed):
@@ -116,7 +118,7 @@ class MixWriteStacked(torch.autograd.Function):
 
 
 class MixWriteReadAheadStacked(torch.autograd.Function):
-    """As `MixWriteReadAhead`, from x, v, a, w, M or None for I, and the names alone."""
+    """As `MixWriteReadAhead`, from x, v, a, w, M (None for I) and `seen`, without planes."""
 
     @staticmethod
     def forward(ctx, x, v, a, w, M, seen):
@@ -134,20 +136,20 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
         x, v, a, w, M = ctx.saved_tensors
         v32, grad_u = at_least_float32(v), at_least_float32(grad_u)
         for name, grad_s in zip(ctx.fixed, grad_fixed):
-            weights = torch.stack(fixed_weights(name, at_least_float32(x).unbind(-2)))
-            grad = grad + weights * at_least_float32(grad_s)[..., None, :]
+            weights = FIXED_READS[name](*x.shape[-2:], dtype=v32.dtype, device=x.device)
+            grad = grad + weights * at_least_float32(grad_s)[..., None, :]  # float32
 
         u_v = (grad_u * v32).sum(-1, keepdim=True)
         u_x = (grad_u[..., None, :] * x).sum(-1)
         grad_w = (at_least_float32(grad) * v32[..., None, :]).sum(-1) + a * u_v
-        grad_a, grad_M = u_x + w * u_v, None
+        grad_a, grad_M = (u_x if M is None else (M * u_x[..., None, :]).sum(-1)) + w * u_v, None
         if M is not None:
-            grad_a = (M * u_x[..., None, :]).sum(-1) + w * u_v
+            # The product needs both in one dtype.
             grad_M = inner_products(cast(grad, x.dtype), x) + a[..., None] * u_x[..., None, :]
             grad_M = grad_M.sum_to_size(M.shape)
 
-        # The whole gradient of x'_i is grad_i + a_i grad_u. The sums over i are taken of each of
-        # these two terms apart: the sum of the terms would be stored, in float32.
+        # G_i = grad_i + a_i grad_u is the whole gradient of x'_i. Each sum over i is taken of the
+        # two terms separately: the compiler would store G, in float32.
         mixed_a = a if M is None else (M * a[..., None]).sum(-2)  # sum_i M_ij a_i
         grad_x = grad if M is None else mixed_by(M.mT, grad)
         grad_x = (grad_x + mixed_a[..., None] * grad_u[..., None, :]).to(x.dtype)
@@ -163,11 +165,11 @@ def mix_and_write(x, v, w, M):
     return at_least_float32(mixed) + w[..., None] * at_least_float32(v)[..., None, :]
 
 
-def inner_products(a, b):
-    """<a_i, b_j>, sums over channels (B, T, n, n) in float32 (float64 stays float64), of a and b
-    (B, T, n, C) in one dtype."""
-    with torch.autocast(a.device.type, enabled=False):
-        if not a.is_cuda or a.dtype == torch.float32:
-            return at_least_float32(a) @ at_least_float32(b).mT
-        both = torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT, out_dtype=torch.float32)
-        return both.unflatten(0, a.shape[:2])
+def inner_products(left, right):
+    """Sums over channels <left_i, right_j>, (B, T, n, n) in float32 (float64 stays float64), of
+    left and right (B, T, n, C) in one dtype."""
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+            tokens = left.flatten(0, 1), right.flatten(0, 1).mT
+            return torch.bmm(*tokens, out_dtype=torch.float32).unflatten(0, left.shape[:2])
+        return at_least_float32(left) @ at_least_float32(right).mT

@@ -351,18 +351,19 @@ class ReadOut(Coefficients):
 
 def matrices_of_planes(read, write, mix):
     """Lists of planes -> a and w (B, T, n), M (B, T, n, n), or None without planes of it."""
-    n = len(read)
-    values = torch.stack(read + write + mix, -1)  # (1, 1, ...) if static
-    M = values[..., 2 * n :].unflatten(-1, (n, n)) if mix else None
-    return values[..., :n], values[..., n : 2 * n], M
+    return matrices(torch.stack(read + write + mix, -1), len(read))
 
 
 def matrices_of_stacks(read, write, mix):
-    """As `matrices_of_planes`, of stacked planes."""
-    n = len(read)
-    values = tokens_first(torch.cat([read, write, mix] if len(mix) else [read, write]))
-    M = values[..., 2 * n :].unflatten(-1, (n, n)) if len(mix) else None
-    return values[..., :n], values[..., n : 2 * n], M
+    """As `matrices_of_planes`, from tensors (k, B, T). Joined first, they are copied at once."""
+    planes = torch.cat([read, write, mix] if len(mix) else [read, write])
+    return matrices(tokens_first(planes), len(read))
+
+
+def matrices(values, n):
+    """values (B, T, 2 n + n^2) or (B, T, 2 n), with B = T = 1 if static -> a, w, M or None."""
+    a, w, M = values.split([n, n, values.shape[-1] - 2 * n], -1)
+    return a, w, M.unflatten(-1, (n, n)) if M.shape[-1] else None
 
 
 def twice_sigmoid(plane):

@@ -33,18 +33,19 @@ class Chain(nn.Module):
 
     def __init__(self, mixer, n, sees):
         super().__init__()
-        own = {"n_streams": n, "n_embd": CHANNELS, "sees": sees}
-        self.connections = nn.ModuleList(HyperConnection(mixer, sublayer=i, **own) for i in (0, 1))
+        knobs = {"n_streams": n, "n_embd": CHANNELS, "sees": sees}
+        self.connections = nn.ModuleList(
+            HyperConnection(mixer, sublayer=i, **knobs) for i in range(2)
+        )
         self.branch = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, CHANNELS))
         self.read_out = ReadOut(n, CHANNELS)
-        self.n = n
+        self.n, self.sees = n, sees
 
     def forward(self, x):
-        streams = start_streams(x, self.n)
-        if self.connections[0].read_ahead:
-            streams = streams._replace(input=x, mean_square=x.square().mean(-1))
+        streams = start_streams(x, self.n, sees=self.sees)
         for connection in self.connections:
             streams = connection(streams, self.branch)
+        # The read-out sees the streams, and mean_square is that of what the connections see.
         return self.read_out(streams._replace(mean_square=None)).sum()
 
 
@@ -52,8 +53,8 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("sees", ["streams", "input"])
 @pytest.mark.parametrize("mixer", ["tbp", "hc", "identity"])
 def test_a_token_s_streams_lie_side_by_side_in_compiled_code(mixer, sees):
-    """Otherwise a pass over the streams goes through all tokens n times. Read in the code that the
-    compiler generates: the strides of each buffer that holds all streams."""
+    """If they did not, a pass over the streams would go through all tokens n times. The strides of
+    each buffer that holds all streams are read in the code that the compiler generates."""
     torch.manual_seed(0)
     n, B, T = 6, 2, 5
     chain = Chain(mixer, n, sees)
@@ -61,6 +62,10 @@ def test_a_token_s_streams_lie_side_by_side_in_compiled_code(mixer, sees):
     _, codes = run_fw_bw_and_get_code(lambda: chain(torch.randn(B, T, CHANNELS)))
     numbers = r"\(([\d, ]+)\)"
     found = re.findall(rf"empty_strided_cpu\({numbers}, {numbers}", "\n".join(codes))
-    buffers = [[list(map(int, re.findall(r"\d+", part))) for part in buffer] for buffer in found]
-    strides = [stride for size, stride in buffers if size == [B, T, n, CHANNELS]]
-    assert strides and all(s == [T * n * CHANNELS, n * CHANNELS, CHANNELS, 1] for s in strides)
+    strides = [stride for size, stride in found if as_ints(size) == [B, T, n, CHANNELS]]
+    expected = [T * n * CHANNELS, n * CHANNELS, CHANNELS, 1]
+    assert strides and all(as_ints(stride) == expected for stride in strides)
+
+
+def as_ints(text):
+    return [int(number) for number in text.split(",") if number.strip()]
