@@ -11,7 +11,7 @@ grid is widened, for all arms, and run again. The factor that is best for residu
 other studies compare with, if it earns more there than tbp does without one."""
 
 files = ["config/laptop.py", "config/deep.py"]
-knobs = {"learning_rate": 2e-3, "min_lr": 2e-4}  # too low: see config/studies/rates.py
+knobs = {"learning_rate": 2e-3, "min_lr": 2e-4}  # that of its runs: config/studies/rates.py
 seeds = 5
 sweep = {"embed_scale": [24.0, 64.0, 8.0, 1.0]}
 references = ["residual", "tbp"]

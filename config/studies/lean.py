@@ -10,15 +10,15 @@ from how fast they learn: phi with n times fewer columns moves its logits n time
 Added after config/studies/constraint.py: a number a sublayer (tbp_lean_scale,
 orthogonal_lean_scale) may not need what the coefficients of M need. Such a form is as good as its
 faithful one, in that study, by the same rule.
-Added after config/studies/rates.py, where .002 was far too low and tbp is best at .008 with slower
-connections: each arm counts at the better of .008 and .002, and arms whose connections learn at a
-quarter of the rate are compared with tbp_slow. phi of a lean form has n times fewer columns, so its
-logits are slower already, and tbp_lean may not need it."""
+Added after config/studies/rates.py, where .002 was far too low, tbp was best at .004, and tbp_slow,
+whose connections learn at a quarter of the rate, was as good at .008: each arm counts at the best
+of its rates, and is compared with tbp_slow. phi of a lean form has n times fewer columns, so its
+logits are slower already, and tbp_lean may not need a lower rate for them."""
 references = ["residual", "tbp_slow"]
 
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
-sweep = {"learning_rate": [8e-3, 2e-3]}
+sweep = {"learning_rate": [8e-3, 4e-3, 2e-3]}
 
 _lean = {"sees": "input", "readout": "learned"}
 arms = {

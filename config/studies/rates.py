@@ -17,7 +17,7 @@ rate is below residual at its own (95 % interval of the paired difference)."""
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
 sweep = {"learning_rate": [4e-3, 8e-3, 2e-3, 16e-3, 1e-3]}
-references = ["residual", "tbp"]
+references = ["residual", "tbp", "tbp_slow"]
 arms = {
     "residual": {"mixer": "residual", "n_streams": 1},
     "tbp": {"mixer": "tbp"},
