@@ -86,14 +86,19 @@ def growth_figure(rows):
 
 
 def draw_panel(axes, rows, field):
-    """A line for each mixer, for what its coefficients see, and for whether it was compiled."""
+    """A line for each mixer, for what its coefficients see, and for whether it was compiled: thin
+    where it was not, and others were."""
     curves, ends, numbers = {}, [], []
+    if field == "connection_params":  # the same, compiled or not
+        rows = {(row["mixer"], row["sees"], row["n"]): row | {"compiled": True} for row in rows}
+        rows = list(rows.values())
     for row in rows:
         curves.setdefault((row["mixer"], row["sees"], row["compiled"]), []).append(row)
     for (mixer, sees, compiled), own in curves.items():
         n, values = [row["n"] for row in own], [row[field] / FIELDS[field][1] for row in own]
         ink, dashes = colour(mixer), DASHES[0 if sees == "streams" else 1]
-        axes.plot(n, values, color=ink, linestyle=dashes, marker="o", markersize=3)
+        width = 1.8 if compiled or not any(row["compiled"] for row in rows) else 0.8
+        axes.plot(n, values, color=ink, linestyle=dashes, marker="o", markersize=3, linewidth=width)
         if field == "ratio_to_residual":
             bound = [row["flops_bound"] for row in own]
             axes.plot(n, bound, color=ink, linestyle=DASHES[2], linewidth=0.9)
