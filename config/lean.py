@@ -1,5 +1,6 @@
 # After any mixer's config: coefficients see only the branch's input, and reads are taken one
 # sublayer ahead, so that a sublayer reads the streams once and writes them once.
+# In config/studies/lean.py connections learned best at a quarter of the rate: --connection_lr=0.25.
 # torchrun --standalone --nproc_per_node=8 train.py config/tbp.py config/lean.py
 sees = "input"
 readout = "learned"  # the last sublayer reads ahead for the head
