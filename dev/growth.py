@@ -92,18 +92,19 @@ def draw_panel(axes, rows, field):
     if field == "connection_params":  # the same, compiled or not
         rows = {(row["mixer"], row["sees"], row["n"]): row | {"compiled": True} for row in rows}
         rows = list(rows.values())
+    some_compiled = any(row["compiled"] for row in rows)
     for row in rows:
         curves.setdefault((row["mixer"], row["sees"], row["compiled"]), []).append(row)
     for (mixer, sees, compiled), own in curves.items():
         n, values = [row["n"] for row in own], [row[field] / FIELDS[field][1] for row in own]
         ink, dashes = colour(mixer), DASHES[0 if sees == "streams" else 1]
-        width = 1.8 if compiled or not any(row["compiled"] for row in rows) else 0.8
+        width = 0.8 if some_compiled and not compiled else 1.8
         axes.plot(n, values, color=ink, linestyle=dashes, marker="o", markersize=3, linewidth=width)
         if field == "ratio_to_residual":
             bound = [row["flops_bound"] for row in own]
             axes.plot(n, bound, color=ink, linestyle=DASHES[2], linewidth=0.9)
         name = mixer if sees == "streams" else f"{mixer}, sees u"
-        if not compiled and any(row["compiled"] for row in rows):
+        if some_compiled and not compiled:
             name += ", eager"
         ends.append((name, ink, n[-1], values[-1]))
         numbers += values

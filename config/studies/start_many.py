@@ -3,12 +3,12 @@
 question = "Beyond 4 streams, does a start near I hold a chart back?"
 decision = """\
 Fits of random matrices say so (LOG.md: after 200 steps from mix_start .01 a chart ends far from its
-target at n >= 16, and from the uniform matrix near it). For n = 8 and for n = 16: if
-an arm with another mix_start is below the one at .01 (95 % interval of the paired difference), the
-default of mix_start becomes a function of n that gives the best of these values at n = 8 and 16,
-and config/studies/start.py's at n = 4.
-If every interval holds 0, it stays a number. sinkhorn shows whether the start matters to a mixer
-that can leave it. All arms have the rates that suited tbp in config/studies/rates.py."""
+target at n >= 16, and from the uniform matrix near it). For n = 8 and for n = 16: if an arm with
+another mix_start is below the one at .01 (95 % interval of the paired difference), the default of
+mix_start becomes a function of n that gives the best of these values at n = 8 and 16, and that of
+config/studies/start.py at n = 4. If every interval holds 0, it stays a number. sinkhorn shows
+whether the start matters to a mixer that can leave it. All arms have the rates that suited tbp in
+config/studies/rates.py."""
 references = ["n_8", "n_16"]
 
 files = ["config/laptop.py", "config/deep.py"]
