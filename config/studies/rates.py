@@ -12,7 +12,11 @@ Added after tbp at .004, seed 1, which is .15 below tbp at .002: rates up to .01
 Added after residual at .008, seed 1, which is .06 below the best tbp: tbp_slow, whose connections
 learn at a quarter of the rate. If its best is below tbp's, connections ask for a rate of their own,
 and mixers are compared with the best of both. M helps at all only if tbp or tbp_slow at its best
-rate is below residual at its own (95 % interval of the paired difference)."""
+rate is below residual at its own (95 % interval of the paired difference).
+Added after five seeds of residual, tbp_slow and hc at .008: hc_slow and identity_slow, since slow
+connections may suit every mixer. If hc_slow's best is below hc's, the constraint costs hc_slow's
+lead over tbp_slow instead, and a quarter becomes the default rate of connections if it is better or
+as good (paired interval) for each of tbp, identity and hc."""
 
 files = ["config/laptop.py", "config/deep.py"]
 seeds = 5
@@ -26,5 +30,7 @@ arms = {
     "residual_scale": {"mixer": "residual", "n_streams": 1, "mix_scale": "sublayer"},
     "orthogonal_scale": {"mixer": "orthogonal", "mix_scale": "sublayer"},
     "tbp_slow": {"mixer": "tbp", "connection_lr": 0.25},
+    "hc_slow": {"mixer": "hc", "connection_lr": 0.25},
+    "identity_slow": {"mixer": "identity", "connection_lr": 0.25},
     "tbp_fast": {"mixer": "tbp", "connection_lr": 4.0},
 }
