@@ -12,9 +12,12 @@ As in mixers.py, M is a list of n rows of n planes. The rows and columns of a bl
 """
 
 import itertools
-from functools import partial
+import math
+from functools import cache, partial
 
 import torch
+
+from kernels import compiler_options
 
 
 class Choose:
@@ -71,16 +74,23 @@ def tbp_chart(choose, n, one):
     """
     c, M = [one] * n, []
     for i in range(n - 1):
-        right = list(itertools.accumulate(reversed(c[1:])))[::-1]  # right[j] = sum_{l>j} c_l
-        r, row = one, []
-        for j in range(n - 1):
-            lo, hi = (r - right[j]).relu(), torch.minimum(r, c[j])
-            m = choose(lo, hi, range(i, i + 1), range(j, j + 1))
-            r, c[j] = r - m, c[j] - m
-            row.append(m)
-        c[-1] = (c[-1] - r).relu()
-        M.append(row + [r])
+        row, c = tbp_row(choose, i, c)
+        M.append(row)
     return M + [c]
+
+
+def tbp_row(choose, i, c):
+    """Row i of `tbp_chart`: what is left of each column before it -> the row, and what is left
+    after it."""
+    right = list(itertools.accumulate(reversed(c[1:])))[::-1]  # right[j] = sum_{l>j} c_l
+    r, row, left = torch.ones_like(c[0]), [], []
+    for j in range(len(c) - 1):
+        lo, hi = (r - right[j]).relu(), torch.minimum(r, c[j])
+        m = choose(lo, hi, range(i, i + 1), range(j, j + 1))
+        r = r - m
+        row.append(m)
+        left.append(c[j] - m)
+    return row + [r], left + [(c[-1] - r).relu()]
 
 
 # ---- rtbp ----------------------------------------------------------------------------------------
@@ -166,91 +176,93 @@ def remaining(sums, taken):
 # ---- many streams: the same maps on tensors ------------------------------------------------------
 # A straight line over n^2 planes takes a compiler too long when n is large. Here the first
 # dimensions of a tensor count entries, and the tokens come after them. A chart is one operation
-# that the compiler does not look into, so compiling takes equally long for any n. The tests compare
-# these maps with the straight lines above.
+# that the compiler of a model does not look into. The tests compare these maps with the straight
+# lines above.
 
 
-@torch.library.custom_op("charts::tbp_stacked", mutates_args=())
-def tbp_stacked(logits: torch.Tensor, n: int) -> torch.Tensor:
-    """`tbp` one antidiagonal at a time: logits ((n-1)^2, ...) -> M (n, n, ...), for n >= 3."""
-    return walk_diagonals(logits, n, kept=[])
+def tbp_stacked(logits, n):
+    """`tbp` for many streams: logits ((n-1)^2, ...) -> M (n, n, ...).
+
+    In a compiled model a row is one kernel, made by a compilation of its own: all rows of all
+    sublayers call it."""
+    K, *tokens = logits.shape
+    planes = logits.reshape(K, math.prod(tokens))
+    M, _ = tbp_by_rows(planes, n, torch.compiler.is_compiling())
+    return M.view(n, n, *tokens)
 
 
-@torch.library.custom_op("charts::tbp_stacked_backward", mutates_args=())
-def tbp_stacked_backward(logits: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of M (n, n, ...) -> that of the logits. Walks forward again, and then back.
+@torch.library.custom_op("charts::tbp_by_rows", mutates_args=())
+@torch.no_grad()
+def tbp_by_rows(logits: torch.Tensor, n: int, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ((n-1)^2, tokens) -> M (n, n, tokens), and for the backward what is left of the
+    columns before each of its rows but the last, (n-1, n, tokens).
 
-    The names without grad_ in the loop are gradients too, of what `walk_diagonals` calls so."""
-    n, kept = len(grad), []
-    M = walk_diagonals(logits, n, kept)
-    through_corner = grad[-1, -1] * (M[-1, -1] > 0)
-    grad_r = grad[:-1, -1] - through_corner  # (n-1, ...)
-    grad_c = grad[-1, :-1].flip(0)
-    grad_right = torch.zeros_like(grad_r)
-    grad_M, grad_logits = grad.flatten(0, 1), torch.empty_like(logits)
+    compiled: whether a row is one kernel."""
+    step = kernel_of(row, n) if compiled else row
+    rows, left = [], [logits.new_ones(n, logits.shape[1])]
+    for own in logits.split(n - 1):
+        entries, rest = step(own, left[-1])
+        rows.append(entries)
+        left.append(rest)
+    return torch.stack([*rows, left[-1]]), torch.stack(left[:-1])
 
-    for d in reversed(range(2 * n - 3)):
-        rows, columns, entries, own = diagonal(d, n)
-        r, c, right = grad_r[rows], grad_c[columns], grad_right[columns]  # gradients, in place
-        share, width, row_is_less, bounded_below = kept[d]
-        r -= right  # of right - r
-        mass = grad_M[entries] - r - c
-        grad_logits[own] = mass * width * share * (1 - share)
+
+@torch.library.custom_op("charts::tbp_by_rows_backward", mutates_args=())
+@torch.no_grad()
+def tbp_by_rows_backward(
+    logits: torch.Tensor, left: torch.Tensor, grad: torch.Tensor, compiled: bool
+) -> torch.Tensor:
+    """The gradient of M (n, n, tokens) -> that of the logits."""
+    n, grad_left, grads = len(grad), grad[-1], []
+    back = kernel_of(row_back, n) if compiled else row_back
+    for i in reversed(range(n - 1)):
+        own = logits[i * (n - 1) : (i + 1) * (n - 1)]
+        grad_own, grad_left = back(own, left[i], grad[i], grad_left)
+        grads.append(grad_own)
+    return torch.cat(grads[::-1])
+
+
+def row(logits, left):
+    """`tbp_row` on tensors (n-1, tokens) and (n, tokens) -> two tensors (n, tokens)."""
+    entries, rest = tbp_row(Choose(logits.unbind(0)), 0, left.unbind(0))
+    return torch.stack(entries), torch.stack(rest)
+
+
+def row_back(logits, left, grad_entries, grad_rest):
+    """The gradients of what `row` returns -> those of its arguments.
+
+    Written by hand: autograd's own compiles twice as slowly, and needs more registers. The names
+    without grad_ in the second loop are gradients too, of what `tbp_row` calls so."""
+    c, grad_M, grad_c = left.unbind(0), grad_entries.unbind(0), list(grad_rest.unbind(0))
+    rights = list(itertools.accumulate(reversed(c[1:])))[::-1]
+    r, kept = torch.ones_like(c[0]), []
+    for j, right in enumerate(rights):
+        below, hi, share = r - right, torch.minimum(r, c[j]), logits[j].sigmoid()
+        lo = below.relu()
+        kept.append((share, hi - lo, r <= c[j], below > 0))
+        r = r - point(lo, hi, logits[j])
+
+    grad_c[-1] = grad_c[-1] * (c[-1] > r)
+    grad_r, grad_logits, grad_right = grad_M[-1] - grad_c[-1], [], []
+    for j in reversed(range(len(rights))):
+        share, width, row_is_less, bounded_below = kept[j]
+        mass = grad_M[j] - grad_r - grad_c[j]
+        grad_logits.append(mass * width * share * (1 - share))
         hi = mass * share
         lo = (mass - hi) * bounded_below
-        r += hi * row_is_less + lo
-        c += hi * ~row_is_less
-        right -= lo
-    return grad_logits
+        grad_r = grad_r + hi * row_is_less + lo
+        grad_c[j] = grad_c[j] + hi * ~row_is_less
+        grad_right.append(lo)  # of -right[j], which is all of c after j
+
+    for j, lower in enumerate(itertools.accumulate(reversed(grad_right))):
+        grad_c[j + 1] = grad_c[j + 1] - lower
+    return torch.stack(grad_logits[::-1]), torch.stack(grad_c)
 
 
-def walk_diagonals(logits, n, kept):
-    """-> M (n, n, ...). Appends to `kept` what the backward needs of each antidiagonal.
-
-    The entries (i, d - i) of antidiagonal d depend only on the antidiagonals before. What is left:
-    r      of each row, from the top
-    c      of each column, from the right: down an antidiagonal, rows go down and columns go left
-    right  of all columns right of each column, in the order of c. An entry takes from it what the
-           entry's row then has left
-    lost   the rounding error of `right` so far, kept apart (Neumaier's compensated summation):
-           `right` shrinks from n - 1 to where 1e-7 counts
-    """
-    tokens = logits.shape[1:]
-    M = logits.new_empty(n, n, *tokens)
-    flat = M.flatten(0, 1)  # the same memory
-    r, c = logits.new_ones(n - 1, *tokens), logits.new_ones(n - 1, *tokens)
-    right = torch.arange(1, n, device=logits.device).to(logits)
-    right = right.view(-1, *[1] * len(tokens)).repeat(1, *tokens)
-    lost = torch.zeros_like(right)
-    for d in range(2 * n - 3):
-        rows, columns, entries, own = diagonal(d, n)
-        r_i, c_j, right_j, lost_j = r[rows], c[columns], right[columns], lost[columns]
-        below = r_i - right_j - lost_j
-        lo, hi, share = below.relu(), torch.minimum(r_i, c_j), logits[own].sigmoid()
-        kept.append((share, hi - lo, r_i <= c_j, below > 0))
-        mass = torch.minimum(lo + (hi - lo) * share, hi)  # as `point`
-        flat[entries] = mass
-        r_i -= mass
-        c_j -= mass
-        before = right_j.clone()
-        right_j -= r_i
-        lost_j += before - right_j - r_i
-    M[:-1, -1], M[-1, :-1] = r, c.flip(0)
-    M[-1, -1] = (1 - r.sum(0)).relu()
-    return M
-
-
-def diagonal(d, n):
-    """Where antidiagonal d lies, as slices that go down it: its rows, its columns counted from the
-    right, its entries in M.flatten(0, 1), and its logits."""
-    top, bottom = max(0, d - n + 2), min(d, n - 2)
-    from_right = n - 2 - d  # of column d - i, plus i
-    return (
-        slice(top, bottom + 1),
-        slice(from_right + top, from_right + bottom + 1),
-        slice(d + top * (n - 1), d + bottom * (n - 1) + 1, n - 1),
-        slice(d + top * (n - 2), d + bottom * (n - 2) + 1, n - 2),
-    )
+@cache
+def kernel_of(function, n):
+    """`row` or `row_back`, compiled when it is first called: a model may run without a compiler."""
+    return torch.compile(function, options=compiler_options(n))
 
 
 @torch.library.custom_op("charts::rtbp_stacked", mutates_args=())
@@ -335,30 +347,44 @@ def side_by_side(logits, count):
     return logits.unflatten(0, (count, -1 if len(logits) else 0)).transpose(0, 1)
 
 
-# ---- what PyTorch must know about the two operations ---------------------------------------------
+# ---- what PyTorch must know about the operations -------------------------------------------------
 
 
-def matrix_like(logits, n):
+def like_logits(logits, *_):
+    return logits.new_empty(logits.shape)  # contiguous, whatever logits are
+
+
+@tbp_by_rows.register_fake
+def like_tbp_by_rows(logits, n, compiled):
+    tokens = logits.shape[1]
+    return logits.new_empty(n, n, tokens), logits.new_empty(n - 1, n, tokens)
+
+
+def keep_rows(ctx, inputs, output):
+    logits, _, ctx.compiled = inputs
+    ctx.save_for_backward(logits, output[1])
+
+
+def through_rows(ctx, grad_M, _):
+    return tbp_by_rows_backward(*ctx.saved_tensors, grad_M, ctx.compiled), None, None
+
+
+tbp_by_rows.register_autograd(through_rows, setup_context=keep_rows)
+tbp_by_rows_backward.register_fake(like_logits)
+
+
+@rtbp_stacked.register_fake
+def like_rtbp_stacked(logits, n):
     return logits.new_empty(n, n, *logits.shape[1:])
-
-
-def like_logits(logits, grad):
-    return torch.empty_like(logits)
 
 
 def keep_logits(ctx, inputs, output):
     ctx.save_for_backward(inputs[0])
 
 
-def gradient_by(backward, ctx, grad):
-    (logits,) = ctx.saved_tensors
-    return backward(logits, grad), None
+def through_rtbp(ctx, grad):
+    return rtbp_stacked_backward(*ctx.saved_tensors, grad), None
 
 
-for _chart, _backward in (
-    (tbp_stacked, tbp_stacked_backward),
-    (rtbp_stacked, rtbp_stacked_backward),
-):
-    _chart.register_fake(matrix_like)
-    _backward.register_fake(like_logits)
-    _chart.register_autograd(partial(gradient_by, _backward), setup_context=keep_logits)
+rtbp_stacked.register_autograd(through_rtbp, setup_context=keep_logits)
+rtbp_stacked_backward.register_fake(like_logits)

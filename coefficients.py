@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mixers import FEW_STREAMS
 from passes import Logits, Project, at_least_float32, mean_square
+from planes import FEW_STREAMS
 from stacked import LogitsStacked
 
 

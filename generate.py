@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from passes import compiler_options
+from kernels import compiler_options
 
 
 class PrefillCache(NamedTuple):

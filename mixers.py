@@ -29,9 +29,7 @@ import torch
 import charts
 import permutations
 import sinkhorn
-from planes import in_rows, softmax, transpose, transpose_planes
-
-FEW_STREAMS = 4  # up to this many, coefficients are lists of planes; for more they are tensors
+from planes import FEW_STREAMS, in_rows, softmax, transpose, transpose_planes
 
 # ---- the contract --------------------------------------------------------------------------------
 

@@ -13,32 +13,6 @@ streams, with a plane for each coefficient; stacked.py is for many.
 
 import torch
 
-from mixers import FEW_STREAMS
-
-
-def compiler_options(n_streams):
-    """The options for torch.compile that this version of torch knows."""
-    wanted = {
-        # A sum over the n streams stays a loop. Below this number of terms Inductor would unroll
-        # it, and then could not fuse it with the kernel that wrote the streams.
-        "unroll_reductions_threshold": 1,
-        # A mixer is hundreds of pointwise operations. The default, 64, would split its kernel.
-        "max_fusion_size": 1024,
-        # On a CPU, the sums over channels for all coefficients' gradients are one loop.
-        "cpp.max_horizontal_fusion_size": 1024,
-        # Inductor stores a stack of more planes than this. It would compute a smaller stack again
-        # for every channel that uses it. 3, because one kernel should still join the gradients of
-        # q, k and v.
-        "max_pointwise_cat_inputs": 3,
-        "max_complex_pointwise_cat_inputs": 3,  # the same, since torch 2.13
-    }
-    if n_streams > FEW_STREAMS:
-        # A sum over the streams reads each of them and its factor, 2 n reads, and joins others.
-        # After the default's 8 reads Inductor would store the sum so far, in float32.
-        wanted["realize_acc_reads_threshold"] = 4 * n_streams
-    known = set(torch._inductor.list_options())
-    return {name: value for name, value in wanted.items() if name in known}
-
 
 @torch.no_grad()
 def mean_square(*xs):

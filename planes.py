@@ -9,6 +9,8 @@ from functools import reduce
 
 import torch
 
+FEW_STREAMS = 4  # up to this many, coefficients are lists of planes; for more they are tensors
+
 
 def in_rows(planes, n):
     """n^2 planes, row by row -> n rows of n planes."""

@@ -1,7 +1,7 @@
 """
 Passes over many streams: those of passes.py with tensors instead of planes.
 
-Above FEW_STREAMS (mixers.py) a list of n^2 planes would make code that grows with n^2. Here a, w
+Above FEW_STREAMS (planes.py) a list of n^2 planes would make code that grows with n^2. Here a, w
 and M are tensors (B, T, n), (B, T, n) and (B, T, n, n) in float32, with B = T = 1 where they do not
 depend on the token, and the Functions give the gradients of these tensors.
 

@@ -17,9 +17,9 @@ from generate import (
     sample_token,
     uniforms,
 )
+from kernels import compiler_options
 from mixers import MIXERS
 from model import GPT, GPTConfig
-from passes import compiler_options
 
 SIZES = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=24)
 N_VOCAB = 61

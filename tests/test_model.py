@@ -6,9 +6,9 @@ from torch._dynamo.utils import counters
 
 from coefficients import Coefficients
 from generate import Decoder, generate
+from kernels import compiler_options
 from mixers import MIXERS, Mixer, n_logits
 from model import GPT, GPTConfig
-from passes import compiler_options
 from streams import SEES, HyperConnection
 
 SIZES = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=24)

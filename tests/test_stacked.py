@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_fw_bw_and_get_code
 
-from passes import compiler_options
+from charts import tbp_by_rows
+from kernels import compiler_options
+from mixers import MIXERS, mixing_matrix
 from stacked import planes_first, tokens_first
 from streams import HyperConnection, ReadOut, start_streams
 
@@ -26,6 +28,39 @@ def test_planes_become_tokens_and_back(shape):
     torch.library.opcheck(planes_first, (planes.detach(),))
     values.backward(weight := torch.randn(values.shape))
     assert torch.equal(planes.grad, weight.permute(2, 0, 1))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("n, tokens", [(5, 3), (6, 1)])
+def test_the_chart_by_rows_is_an_operation_as_torch_wants_it(n, tokens, compiled):
+    logits = torch.randn((n - 1) ** 2, tokens, requires_grad=True)
+    torch.library.opcheck(tbp_by_rows, (logits, n, compiled))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name, graphs", [("tbp", (3, 4, 5)), ("rtbp", (1,))])
+def test_a_compiled_chart_and_its_gradient(name, graphs, kind):
+    """For tbp three graphs are compiled: the caller's, a row's, and that of a row's gradient. The
+    latter two may be compiled twice: PyTorch has other dispatch keys in the first step."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    n, seen = 7, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    logits = torch.randn(2, 3, (n - 1) ** 2, dtype=kind, requires_grad=True)
+    weight = torch.randn(2, 3, n, n, dtype=kind)
+    compiled = torch.compile(mixing_matrix, fullgraph=True)
+    for _ in range(3):
+        M = compiled(name, logits, n)
+        (grad,) = torch.autograd.grad((M * weight).sum(), logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - seen in graphs
+
+    exact = logits.detach().double().requires_grad_()
+    planes = MIXERS[name].map(exact.unbind(-1), n)
+    wanted = torch.stack([torch.stack(row, -1) for row in planes], -2)
+    (wanted_grad,) = torch.autograd.grad((wanted * weight).sum(), exact)
+    tolerance = {"rtol": 0, "atol": 1e-6 if kind == torch.float32 else 1e-14}
+    torch.testing.assert_close(M.double(), wanted, **tolerance)
+    torch.testing.assert_close(grad.double(), wanted_grad, **tolerance)
 
 
 class Chain(nn.Module):

@@ -14,9 +14,10 @@ from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 
 from compiler import TESTED_TORCH
+from kernels import compiler_options
 from mixers import MIXERS
 from model import GPT, GPTConfig
-from passes import compiler_options, mean_square
+from passes import mean_square
 from streams import Streams, fields_seen, with_fixed_reads
 
 SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}

@@ -17,8 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dev.h100.capture import capturing
+from kernels import compiler_options
 from model import GPT, GPTConfig
-from passes import compiler_options
 
 
 def main():
