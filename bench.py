@@ -26,7 +26,8 @@ peak_memory_bytes   parameters, optimizer state, gradients and activations at th
                     later step
 kernels_forward     launches of kernels that Inductor generated (not matmuls, not attention) in the
 kernels_backward    compiled graphs, in which a block and the head stand once at any depth
-recompiles          graphs compiled after the first step, which should be none
+recompiles          graphs compiled after the first step: none, or one for tbp beyond 4 streams
+                    (charts.kernel_of)
 stream_gb_s         CUDA: bytes per second of the generated kernels that touch a tensor as large as
                     all streams (dev/costs.py); copy_gb_s is a copy's in the same process
 """

@@ -261,7 +261,10 @@ def row_back(logits, left, grad_entries, grad_rest):
 
 @cache
 def kernel_of(function, n):
-    """`row` or `row_back`, compiled when it is first called: a model may run without a compiler."""
+    """`row` or `row_back`, compiled when it is first called: a model may run without a compiler.
+
+    In the first step PyTorch checks custom operations, under other dispatch keys. So the second
+    step traces `row` again, and finds the kernel in the compiler's cache."""
     return torch.compile(function, options=compiler_options(n))
 
 
