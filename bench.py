@@ -27,7 +27,7 @@ peak_memory_bytes   parameters, optimizer state, gradients and activations at th
 kernels_forward     launches of kernels that Inductor generated (not matmuls, not attention) in the
 kernels_backward    compiled graphs, in which a block and the head stand once at any depth
 recompiles          graphs compiled after the first step: none, or one for tbp beyond 4 streams
-                    (charts.kernel_of)
+                    (charts.row_step)
 stream_gb_s         CUDA: bytes per second of the generated kernels that touch a tensor as large as
                     all streams (dev/costs.py); copy_gb_s is a copy's in the same process
 """

@@ -4,7 +4,7 @@ RTBP, 2605.21724). The mixers tbp and rtbp are these two.
 
 The mass of a block of M is the sum of its entries. A chart walks over M and asks
 `choose(lo, hi, rows, cols)` for the mass of one block after another; any mass from lo to hi is
-possible. In the map, the next logit says which. In the inverse, M is known, and the logit that
+possible. In the map, the next logit says which mass. In the inverse, M is known, and the logit that
 gives its mass is written down; where no entry of M is 0, that logit exists and is unique. Every
 choice leaves a problem that has a solution, so nothing is ever projected or renormalised.
 
@@ -12,12 +12,11 @@ As in mixers.py, M is a list of n rows of n planes. The rows and columns of a bl
 """
 
 import itertools
-import math
 from functools import cache, partial
 
 import torch
 
-from kernels import compiler_options
+from compile_options import compiler_options
 
 
 class Choose:
@@ -80,17 +79,17 @@ def tbp_chart(choose, n, one):
 
 
 def tbp_row(choose, i, c):
-    """Row i of `tbp_chart`: what is left of each column before it -> the row, and what is left
-    after it."""
+    """Row i of M. c: what is left of each column before this row -> the row's entries, and what is
+    left of each column after it."""
     right = list(itertools.accumulate(reversed(c[1:])))[::-1]  # right[j] = sum_{l>j} c_l
-    r, row, left = torch.ones_like(c[0]), [], []
+    r, entries, rest = torch.ones_like(c[0]), [], []
     for j in range(len(c) - 1):
         lo, hi = (r - right[j]).relu(), torch.minimum(r, c[j])
         m = choose(lo, hi, range(i, i + 1), range(j, j + 1))
         r = r - m
-        row.append(m)
-        left.append(c[j] - m)
-    return row + [r], left + [(c[-1] - r).relu()]
+        entries.append(m)
+        rest.append(c[j] - m)
+    return entries + [r], rest + [(c[-1] - r).relu()]
 
 
 # ---- rtbp ----------------------------------------------------------------------------------------
@@ -183,89 +182,91 @@ def remaining(sums, taken):
 def tbp_stacked(logits, n):
     """`tbp` for many streams: logits ((n-1)^2, ...) -> M (n, n, ...).
 
-    In a compiled model a row is one kernel, made by a compilation of its own: all rows of all
+    In a compiled model one kernel does a row. It is compiled by itself, and all rows of all
     sublayers call it."""
-    K, *tokens = logits.shape
-    planes = logits.reshape(K, math.prod(tokens))
-    M, _ = tbp_by_rows(planes, n, torch.compiler.is_compiling())
-    return M.view(n, n, *tokens)
+    M, _ = tbp_by_rows(logits, n, torch.compiler.is_compiling())
+    return M
 
 
 @torch.library.custom_op("charts::tbp_by_rows", mutates_args=())
-@torch.no_grad()
+@torch.no_grad()  # or the compiler would make a backward of each row too
 def tbp_by_rows(logits: torch.Tensor, n: int, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ((n-1)^2, tokens) -> M (n, n, tokens), and for the backward what is left of the
-    columns before each of its rows but the last, (n-1, n, tokens).
+    """Logits ((n-1)^2, ...) -> M (n, n, ...), and for the backward what is left of the columns
+    before each row but the last, (n-1, n, ...).
 
     compiled: whether a row is one kernel."""
-    step = kernel_of(row, n) if compiled else row
-    rows, left = [], [logits.new_ones(n, logits.shape[1])]
+    step = row_step(row_forward, n, compiled)
+    rows, columns = [], [logits.new_ones(n, *logits.shape[1:])]
     for own in logits.split(n - 1):
-        entries, rest = step(own, left[-1])
+        entries, rest = step(own, columns[-1])
         rows.append(entries)
-        left.append(rest)
-    return torch.stack([*rows, left[-1]]), torch.stack(left[:-1])
+        columns.append(rest)
+    return torch.stack([*rows, columns[-1]]), torch.stack(columns[:-1])
 
 
 @torch.library.custom_op("charts::tbp_by_rows_backward", mutates_args=())
 @torch.no_grad()
 def tbp_by_rows_backward(
-    logits: torch.Tensor, left: torch.Tensor, grad: torch.Tensor, compiled: bool
+    logits: torch.Tensor, columns: torch.Tensor, grad: torch.Tensor, compiled: bool
 ) -> torch.Tensor:
-    """The gradient of M (n, n, tokens) -> that of the logits."""
-    n, grad_left, grads = len(grad), grad[-1], []
-    back = kernel_of(row_back, n) if compiled else row_back
-    for i in reversed(range(n - 1)):
-        own = logits[i * (n - 1) : (i + 1) * (n - 1)]
-        grad_own, grad_left = back(own, left[i], grad[i], grad_left)
+    """The gradient of M (n, n, ...) -> that of the logits."""
+    n = len(grad)
+    step = row_step(row_backward, n, compiled)
+    grads, grad_rest = [], grad[-1]
+    for own, c, grad_row in reversed(list(zip(logits.split(n - 1), columns, grad))):
+        grad_own, grad_rest = step(own, c, grad_row, grad_rest)
         grads.append(grad_own)
     return torch.cat(grads[::-1])
 
 
-def row(logits, left):
-    """`tbp_row` on tensors (n-1, tokens) and (n, tokens) -> two tensors (n, tokens)."""
-    entries, rest = tbp_row(Choose(logits.unbind(0)), 0, left.unbind(0))
+def row_forward(logits, c):
+    """The logits of a row (n-1, ...), and c (n, ...), what is left of the columns -> the row's
+    entries, and what is left of the columns after it, both (n, ...)."""
+    choose = Choose(logits.unbind(0))
+    entries, rest = tbp_row(choose, 0, c.unbind(0))  # which row it is matters to Recall alone
     return torch.stack(entries), torch.stack(rest)
 
 
-def row_back(logits, left, grad_entries, grad_rest):
-    """The gradients of what `row` returns -> those of its arguments.
-
-    Written by hand: autograd's own compiles twice as slowly, and needs more registers. The names
-    without grad_ in the second loop are gradients too, of what `tbp_row` calls so."""
-    c, grad_M, grad_c = left.unbind(0), grad_entries.unbind(0), list(grad_rest.unbind(0))
-    rights = list(itertools.accumulate(reversed(c[1:])))[::-1]
+def row_backward(logits, c, grad_entries, grad_rest):
+    """The gradients of what `row_forward` returns -> those of its arguments. Written by hand:
+    autograd's own compiles twice as slowly, and needs more registers."""
+    c, grad_m, grad_c = c.unbind(0), grad_entries.unbind(0), list(grad_rest.unbind(0))
+    right = list(itertools.accumulate(reversed(c[1:])))[::-1]
     r, kept = torch.ones_like(c[0]), []
-    for j, right in enumerate(rights):
-        below, hi, share = r - right, torch.minimum(r, c[j]), logits[j].sigmoid()
-        lo = below.relu()
-        kept.append((share, hi - lo, r <= c[j], below > 0))
+    for j in range(len(c) - 1):
+        lo, hi, share = (r - right[j]).relu(), torch.minimum(r, c[j]), logits[j].sigmoid()
+        row_limits = ((r < c[j]).to(r) + (r <= c[j]).to(r)) / 2  # 1/2 where both limit m equally
+        kept.append((share, hi - lo, row_limits, lo > 0))
         r = r - point(lo, hi, logits[j])
 
     grad_c[-1] = grad_c[-1] * (c[-1] > r)
-    grad_r, grad_logits, grad_right = grad_M[-1] - grad_c[-1], [], []
-    for j in reversed(range(len(rights))):
-        share, width, row_is_less, bounded_below = kept[j]
-        mass = grad_M[j] - grad_r - grad_c[j]
-        grad_logits.append(mass * width * share * (1 - share))
-        hi = mass * share
-        lo = (mass - hi) * bounded_below
-        grad_r = grad_r + hi * row_is_less + lo
-        grad_c[j] = grad_c[j] + hi * ~row_is_less
-        grad_right.append(lo)  # of -right[j], which is all of c after j
+    grad_r = grad_m[-1] - grad_c[-1]
+    grad_logits, grad_los = [], []
+    for j in reversed(range(len(c) - 1)):
+        share, width, row_limits, lo_counts = kept[j]
+        grad = grad_m[j] - grad_r - grad_c[j]
+        grad_logits.append(grad * width * share * (1 - share))
+        grad_hi = grad * share
+        grad_lo = (grad - grad_hi) * lo_counts
+        grad_r = grad_r + grad_hi * row_limits + grad_lo
+        grad_c[j] = grad_c[j] + grad_hi * (1 - row_limits)
+        grad_los.append(grad_lo)
 
-    for j, lower in enumerate(itertools.accumulate(reversed(grad_right))):
-        grad_c[j + 1] = grad_c[j + 1] - lower
+    # lo falls as the columns to the right have more left: column j is right of all before it.
+    for j, total in enumerate(itertools.accumulate(reversed(grad_los)), start=1):
+        grad_c[j] = grad_c[j] - total
     return torch.stack(grad_logits[::-1]), torch.stack(grad_c)
 
 
 @cache
-def kernel_of(function, n):
-    """`row` or `row_back`, compiled when it is first called: a model may run without a compiler.
+def row_step(function, n, compiled):
+    """`row_forward` or `row_backward`, as one kernel if `compiled`: it compiles at its first call.
 
-    In the first step PyTorch checks custom operations, under other dispatch keys. So the second
-    step traces `row` again, and finds the kernel in the compiler's cache."""
-    return torch.compile(function, options=compiler_options(n))
+    PyTorch checks the first call of a compiled graph under other dispatch keys. So a later call
+    traces the function again, and finds the kernel in the compiler's cache."""
+    if not compiled:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=False, options=compiler_options(n))
 
 
 @torch.library.custom_op("charts::rtbp_stacked", mutates_args=())
@@ -359,13 +360,15 @@ def like_logits(logits, *_):
 
 @tbp_by_rows.register_fake
 def like_tbp_by_rows(logits, n, compiled):
-    tokens = logits.shape[1]
-    return logits.new_empty(n, n, tokens), logits.new_empty(n - 1, n, tokens)
+    tokens = logits.shape[1:]
+    return logits.new_empty(n, n, *tokens), logits.new_empty(n - 1, n, *tokens)
 
 
 def keep_rows(ctx, inputs, output):
     logits, _, ctx.compiled = inputs
-    ctx.save_for_backward(logits, output[1])
+    _, columns = output
+    ctx.save_for_backward(logits, columns)
+    ctx.mark_non_differentiable(columns)
 
 
 def through_rows(ctx, grad_M, _):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import compiler_options
+from compile_options import compiler_options
 
 
 class PrefillCache(NamedTuple):

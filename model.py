@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from branches import MLP, Attention
 from coefficients import Coefficients
-from kernels import compiler_options
+from compile_options import compiler_options
 from mixers import check_options, find_mixer, n_logits
 from passes import mean_square
 from streams import (

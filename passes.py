@@ -1,5 +1,5 @@
 """
-The passes over the residual streams, as autograd.Functions, and the compiler options they need.
+The passes over the residual streams, as autograd.Functions.
 
 All code here is plain PyTorch, forward and backward, so torch.compile generates every kernel. The
 backwards are written by hand: autograd's own would keep float32 copies of the streams. With them, a

@@ -43,7 +43,7 @@ class Streams(NamedTuple):
                  It travels with x because the pass that writes x computes it on the way. None after
                  a static sublayer: a dynamic sublayer that follows computes it.
 
-    The others are None, but where sublayers read ahead (`sees` of HyperConnection); (B, T, C) each:
+    The others are None unless sublayers read ahead (`sees` of HyperConnection); (B, T, C) each:
 
     input        u, which the next branch reads
     mean         the mean of the streams, if coefficients see it

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from compile_options import compiler_options
 from generate import (
     Decoder,
     cache_length,
@@ -17,7 +18,6 @@ from generate import (
     sample_token,
     uniforms,
 )
-from kernels import compiler_options
 from mixers import MIXERS
 from model import GPT, GPTConfig
 

@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from coefficients import Coefficients
+from compile_options import compiler_options
 from generate import Decoder, generate
-from kernels import compiler_options
 from mixers import MIXERS, Mixer, n_logits
 from model import GPT, GPTConfig
 from streams import SEES, HyperConnection

@@ -8,7 +8,7 @@ from torch import nn
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 from charts import tbp_by_rows
-from kernels import compiler_options
+from compile_options import compiler_options
 from mixers import MIXERS, mixing_matrix
 from stacked import planes_first, tokens_first
 from streams import HyperConnection, ReadOut, start_streams
@@ -34,6 +34,7 @@ def test_planes_become_tokens_and_back(shape):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("n, tokens", [(5, 3), (6, 1)])
 def test_the_chart_by_rows_is_an_operation_as_torch_wants_it(n, tokens, compiled):
+    torch.compiler.reset()
     logits = torch.randn((n - 1) ** 2, tokens, requires_grad=True)
     torch.library.opcheck(tbp_by_rows, (logits, n, compiled))
 
@@ -44,7 +45,7 @@ def test_a_compiled_chart_and_its_gradient(name, graphs, kind):
     """For tbp three graphs are compiled: the caller's, a row's, and that of a row's gradient. The
     latter two may be compiled twice: PyTorch has other dispatch keys in the first step."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     n, seen = 7, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     logits = torch.randn(2, 3, (n - 1) ** 2, dtype=kind, requires_grad=True)
     weight = torch.randn(2, 3, n, n, dtype=kind)

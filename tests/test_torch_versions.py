@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 from torch.overrides import TorchFunctionMode
 
+from compile_options import compiler_options
 from compiler import TESTED_TORCH
-from kernels import compiler_options
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from passes import mean_square

@@ -9,7 +9,7 @@ best rate at the edge of the grid decides nothing: the grid is widened, for all 
 Differences below .01 need ten seeds.
 Added after config/studies/rates.py, before any run: connections learn at a quarter of the rate,
 which was better there for tbp and identity; only hc's learn at the full rate, which was better for
-hc in two of three seeds. Rates go up to .016."""
+hc in all three seeds. Rates go up to .016."""
 
 files = ["config/laptop.py", "config/deep.py"]
 knobs = {"connection_lr": 0.25}

@@ -16,8 +16,8 @@ import warnings
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from compile_options import compiler_options
 from dev.h100.capture import capturing
-from kernels import compiler_options
 from model import GPT, GPTConfig
 
 
