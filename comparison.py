@@ -19,10 +19,11 @@ gain            the largest composite gain at an evaluation of any run
 
 A time is a number of steps times the median step time; losses between evaluations are interpolated.
 
-Where learning_rate is swept, an arm stands at its best rate, judged by the seeds that all its rates
-have: a rate with the fewest diverged runs; of these, the one with the lowest mean loss. So rates
-may be tried with one seed, and the best of them with more. Without a common seed, it is a rate with
-the most runs. A run that diverged has no loss; it is counted.
+Where learning_rate is swept, an arm stands at its best rate. By the seeds that all its rates have,
+the worst rate falls out: one with the most diverged runs; of these, the one with the highest mean
+loss. Then the others are judged by the seeds that they have in common, and so on until one is left.
+So rates may be tried with one seed, and the best of them with more. Without a common seed, a rate
+with the fewest runs falls out. A run that diverged has no loss; it is counted.
 """
 
 import csv
@@ -217,11 +218,19 @@ def best_rates(points):
 
 
 def best_rate(group):
-    """The best of the points of one place, by the seeds that all of them have."""
-    common = set.intersection(*(set(point.runs) for point in group))
+    """The best of the points of one place: one after the other, the worst falls out."""
+    left = list(group)
+    while len(left) > 1:
+        left.remove(worst_rate(left))
+    return left[0]
+
+
+def worst_rate(group):
+    """The worst of some points, by the seeds that all of them have; of equals, the last."""
+    common, last_first = set.intersection(*(set(point.runs) for point in group)), group[::-1]
     if not common:
-        return min(group, key=lambda point: (-len(point.runs), *badness(point)))
-    return min(group, key=lambda point: badness(of_seeds(point, common)))
+        return max(last_first, key=lambda point: (-len(point.runs), *badness(point)))
+    return max(last_first, key=lambda point: badness(of_seeds(point, common)))
 
 
 def of_seeds(point, seeds):

@@ -166,6 +166,8 @@ def rates(arm, losses_by_rate):
             0.001,
         ),  # a divergence is worse
         ({0.001: [4.0, 1.0], 0.002: [3.0], 0.004: [4.1, 1.0]}, 0.002),  # by the seed that all have
+        # .004 falls out by the first seed, and then .001 by both
+        ({0.001: [4.0, 4.6], 0.002: [4.1, 4.1], 0.004: [4.2]}, 0.002),
         ({0.001: [None, None]}, 0.001),
     ],
 )
