@@ -118,13 +118,24 @@ def make_cell(study, options, arm, axes, seed):
     """axes: a value for every swept knob; those that the arm sets itself are left out."""
     own = study.arms[arm]
     axes = {knob: value for knob, value in axes.items() if knob not in own}
-    name = "/".join([arm, *(f"{knob}={value}" for knob, value in axes.items()), f"seed{seed}"])
+    parts = [arm, *(f"{knob}={value}" for knob, value in axes.items()), f"seed{seed}"]
+    for part in (study.name, *parts):
+        refuse_as_folder(part)
+    name = "/".join(parts)
     knobs = {**study.knobs, **axes, **own, "seed": seed}
     if "learning_rate" in axes and "min_lr" not in {**axes, **own}:
         knobs["min_lr"] = min_lr_at(study, axes["learning_rate"])
     folder = Path(options.out, study.name, name)
     result = Path(options.results, study.name, name + ".json")
     return Cell(name, arm, axes, seed, arguments(study, knobs), folder, result)
+
+
+def refuse_as_folder(part):
+    """RunError for a part of a path that would lead elsewhere."""
+    if part in ("", ".", "..") or "/" in part or "\\" in part:
+        raise RunError(
+            f"{part!r} cannot be the name of a folder of runs: use a name without / or \\"
+        )
 
 
 def arguments(study, knobs):

@@ -379,6 +379,11 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
         ("", ["--seeds=few"], "--seeds=few: give how many"),
         ("", ["--sweep", "n_streams"], "write --sweep knob=value,value"),
         ('sweep = {"n_streams": [2, 4]}', ["--sweep", "n_streams=3"], "no value of n_streams 3"),
+        ('arms["rate_1/16"] = {}', [], "'rate_1/16' cannot be the name of a folder of runs"),
+        ('arms[".."] = {}', ["--list"], "'..' cannot be the name of a folder"),
+        ("", ["--name=../other"], "'../other' cannot be the name of a folder"),
+        ("", ["--name=."], "'.' cannot be the name of a folder"),
+        ('sweep = {"data_dir": ["a/b"]}', [], "'data_dir=a/b' cannot be the name of a folder"),
     ],
 )
 def test_refusals_before_anything_runs(call, tiny_study, tmp_path, more, arguments, message):
