@@ -86,14 +86,16 @@ def test_some_size_tells_a_matrix_from_its_transpose(name):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("where", ["random", "start"])
+@pytest.mark.parametrize("where", ["random", "start", "border"])
 @pytest.mark.parametrize("name, n", cases(WITH_LOGITS, ns=(5, 6, 7, 8, 32)))
 def test_stacked_planes_give_the_same_matrix_and_gradient(name, n, where):
     """Where a mixer has a form on tensors, for many streams, it is the map of its planes. At the
-    start, what is left of a row and of a column is often equal."""
+    start, what is left of a row and of a column is often equal; at the border it is often 0."""
     mixer, logits = MIXERS[name], random_logits(name, n, 2)
     if where == "start":
         logits = start_logits(name, n, 0.01).to(logits).expand_as(logits)
+    if where == "border":
+        logits = torch.where(random_logits(name, n, 2).flip(0) > 0, 60 * logits.sign(), logits)
     logits = logits.T.contiguous().requires_grad_()
     if mixer.map_stacked is None:
         pytest.skip(f"{name} has only planes")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_fw_bw_and_get_code
 
-from charts import tbp_by_rows
+import charts
 from compile_options import compiler_options
 from mixers import MIXERS, mixing_matrix
 from stacked import planes_first, tokens_first
@@ -33,12 +33,35 @@ def test_planes_become_tokens_and_back(shape):
 @pytest.mark.quick
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("n, tokens", [(5, 3), (6, 1)])
-def test_the_chart_by_rows_is_an_operation_as_torch_wants_it(n, tokens, compiled):
+def test_charts_are_operations_as_torch_wants_them(n, tokens, compiled):
+    """Of logits in another order in memory, too: the compiler is told how the results lie."""
     torch.compiler.reset()
-    logits = torch.randn((n - 1) ** 2, tokens, requires_grad=True)
-    torch.library.opcheck(tbp_by_rows, (logits, n, compiled))
+    logits = torch.randn(tokens, (n - 1) ** 2).t().requires_grad_()
+    torch.library.opcheck(charts.tbp_by_rows, (logits, n, compiled))
+    torch.library.opcheck(charts.rtbp_stacked, (logits, n))
+
+    M, columns = charts.tbp_by_rows(logits, n, compiled)
+    assert M.requires_grad and not columns.requires_grad
+    logits, grad = logits.detach(), torch.randn(n, n, tokens)
+    arguments = logits, columns, grad, compiled
+    torch.library.opcheck(charts.tbp_by_rows_backward, arguments, test_utils="test_faketensor")
 
 
+def graphs_compiled():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.quick
+def test_a_row_has_a_kernel_for_each_shape():
+    """With one for all later shapes, a resumed run could use another kernel than the first run."""
+    torch.compiler.reset()
+    step, before = charts.row_step(charts.row_forward, 5, True), graphs_compiled()
+    for tokens in (3, 4, 5, 3):
+        step(torch.randn(4, tokens), torch.ones(5, tokens))
+    assert graphs_compiled() - before == 3
+
+
+@torch._inductor.config.patch(force_disable_caches=True)  # they do not notice changes in charts.py
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name, graphs", [("tbp", (3, 4, 5)), ("rtbp", (1,))])
 def test_a_compiled_chart_and_its_gradient(name, graphs, kind):
@@ -46,14 +69,16 @@ def test_a_compiled_chart_and_its_gradient(name, graphs, kind):
     latter two may be compiled twice: PyTorch has other dispatch keys in the first step."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    n, seen = 7, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    charts.row_step.cache_clear()
+    n, before = 7, graphs_compiled()
     logits = torch.randn(2, 3, (n - 1) ** 2, dtype=kind, requires_grad=True)
     weight = torch.randn(2, 3, n, n, dtype=kind)
     compiled = torch.compile(mixing_matrix, fullgraph=True)
     for _ in range(3):
         M = compiled(name, logits, n)
         (grad,) = torch.autograd.grad((M * weight).sum(), logits)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - seen in graphs
+    assert graphs_compiled() - before in graphs
+    assert charts.row_step.cache_info().currsize == (2 if name == "tbp" else 0)
 
     exact = logits.detach().double().requires_grad_()
     planes = MIXERS[name].map(exact.unbind(-1), n)
