@@ -226,21 +226,17 @@ def best_rate(group):
 
 
 def worst_rate(group):
-    """The worst of some points, by the seeds that all of them have; of equals, the last."""
-    common, last_first = set.intersection(*(set(point.runs) for point in group)), group[::-1]
+    """The worst of some points, by the seeds that all of them have."""
+    common = set.intersection(*(set(point.runs) for point in group))
     if not common:
-        return max(last_first, key=lambda point: (-len(point.runs), *badness(point)))
-    return max(last_first, key=lambda point: badness(of_seeds(point, common)))
+        return max(group, key=lambda point: (-len(point.runs), *badness(point, point.runs)))
+    return max(group, key=lambda point: badness(point, common))
 
 
-def of_seeds(point, seeds):
-    return point._replace(runs={seed: point.runs[seed] for seed in seeds})
-
-
-def badness(point):
+def badness(point, seeds):
     """Lower is better: first fewer runs that diverged, then a lower loss."""
-    diverged = len(point.runs) - len(point.finished())
-    loss = point.mean("final_loss")
+    point = point._replace(runs={seed: point.runs[seed] for seed in seeds})
+    diverged, loss = len(point.runs) - len(point.finished()), point.mean("final_loss")
     return diverged, math.inf if loss is None else loss
 
 

@@ -134,7 +134,8 @@ def refuse_as_folder(part):
     """RunError for a part of a path that would lead elsewhere."""
     if part in ("", ".", "..") or "/" in part or "\\" in part:
         raise RunError(
-            f"{part!r} cannot be the name of a folder of runs: use a name without / or \\"
+            f"{part!r} cannot be the name of a folder of runs: use a name without / or \\, and for "
+            "swept values that have one, arms with names of their own"
         )
 
 

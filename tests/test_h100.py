@@ -66,6 +66,37 @@ def counted(tmp_path, *words):
     return layers, document["made_by"]
 
 
+# Compiles a row of tbp and its gradient, for many streams, and prints what each needs.
+ROW = """
+import json, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import charts
+from dev.h100.capture import capturing
+from dev.h100.cubin import resource_usage
+
+with capturing() as graphs, FakeTensorMode(), torch.device("cuda:0"), torch.no_grad():
+    logits, c = torch.empty(15, 16384), torch.empty(16, 16384)
+    charts.row_step(charts.row_forward, 16, True)(logits, c)
+    grads = torch.empty_like(c), torch.empty_like(c)
+    charts.row_step(charts.row_backward, 16, True)(logits, c, *grads)
+print(json.dumps([[g.triton_launches, g.bytes, resource_usage(g.kernels)] for g in graphs]))
+"""
+
+
+@needs_tools
+@pytest.mark.long
+def test_a_row_of_16_streams_is_one_kernel_without_spills():
+    """Forward: 15 logits and 16 columns in, 16 entries and 16 columns out, all float32. Backward:
+    the same in with two gradients of 16, and the gradients of the former out."""
+    forward, backward = json.loads(python("-c", ROW).splitlines()[-1])
+    for (launches, moved, ((_, registers, local, *_),)), numbers, most in (
+        (forward, 15 + 3 * 16, 100),
+        (backward, 2 * 15 + 4 * 16, 240),
+    ):
+        assert launches == 1 and local == 0 and registers <= most
+        assert moved == 4 * 16384 * numbers
+
+
 @needs_tools
 @pytest.mark.long
 def test_the_figures_of_the_readme(tmp_path):
