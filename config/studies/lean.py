@@ -1,5 +1,6 @@
 # What the coefficients must see, deep and thin: 24 layers of 64 channels, bytes.
 # python prepare_data.py && python study.py config/studies/lean.py --jobs=2
+# --n_layer=4 --n_head=4 --n_embd=128 --name=lean-shallow for a shallow model.
 question = "Does a form that moves fewer bytes learn as well as the faithful one?"
 decision = """\
 A lean form is as good as tbp if the 95 % interval of their paired difference lies within .01 of 0,
@@ -13,7 +14,9 @@ faithful one, in that study, by the same rule.
 Added after config/studies/rates.py, where .002 was far too low, tbp was best at .004, and tbp_slow,
 whose connections learn at a quarter of the rate, was as good at .008: each arm counts at the best
 of its rates, and is compared with tbp_slow. phi of a lean form has n times fewer columns, so its
-logits are slower already, and tbp_lean may not need a lower rate for them."""
+logits are slower already, and tbp_lean may not need a lower rate for them.
+identity and hc are judged in the same way, identity with slow connections and hc with fast ones, as
+each was best in config/studies/rates.py: their lean forms against the faithful ones."""
 references = ["residual", "tbp_slow"]
 
 files = ["config/laptop.py", "config/deep.py"]
@@ -37,6 +40,8 @@ arms = {
     "tbp_block": {"mixer": "tbp", "wraps": "block"},
     "tbp_ends": {"mixer": "tbp", "readout": "learned", "stream_start": "learned"},
     "identity": {"mixer": "identity"},
+    "identity_slow": {"mixer": "identity", "connection_lr": 0.25},
+    "identity_lean_slow": {"mixer": "identity", **_lean, "connection_lr": 0.25},
     "hc": {"mixer": "hc"},
     "hc_lean": {"mixer": "hc", **_lean},
 }
