@@ -29,6 +29,7 @@ import torch
 import charts
 import permutations
 import sinkhorn
+import stacked_charts
 from planes import FEW_STREAMS, in_rows, softmax, transpose, transpose_planes
 
 # ---- the contract --------------------------------------------------------------------------------
@@ -437,13 +438,13 @@ MIXERS["kronecker"] = Mixer(
 MIXERS["tbp"] = Mixer(
     n_logits=lambda n: (n - 1) ** 2,
     map=charts.tbp,
-    map_stacked=charts.tbp_stacked,
+    map_stacked=stacked_charts.tbp_stacked,
     inverse=lambda M, n: charts.inverse(charts.tbp_chart, M, n),
 )
 MIXERS["rtbp"] = Mixer(
     n_logits=lambda n: (n - 1) ** 2,
     map=charts.rtbp,
-    map_stacked=charts.rtbp_stacked,
+    map_stacked=stacked_charts.rtbp_stacked,
     inverse=lambda M, n: charts.inverse(charts.rtbp_chart, M, n),
 )
 

@@ -70,15 +70,15 @@ def counted(tmp_path, *words):
 ROW = """
 import json, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-import charts
+import stacked_charts as charts
 from dev.h100.capture import capturing
 from dev.h100.cubin import resource_usage
 
 with capturing() as graphs, FakeTensorMode(), torch.device("cuda:0"), torch.no_grad():
     logits, c = torch.empty(15, 16384), torch.empty(16, 16384)
-    charts.row_step(charts.row_forward, 16, True)(logits, c)
+    charts.step(charts.row_forward, True, logits, c)
     grads = torch.empty_like(c), torch.empty_like(c)
-    charts.row_step(charts.row_backward, 16, True)(logits, c, *grads)
+    charts.step(charts.row_backward, True, logits, c, *grads)
 print(json.dumps([[g.triton_launches, g.bytes, resource_usage(g.kernels)] for g in graphs]))
 """
 
