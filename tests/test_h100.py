@@ -66,35 +66,45 @@ def counted(tmp_path, *words):
     return layers, document["made_by"]
 
 
-# Compiles a row of tbp and its gradient, for many streams, and prints what each needs.
-ROW = """
+# Compiles a row of tbp for 16 streams and the cut of rtbp's blocks of 8, with their gradients, and
+# prints what each needs.
+STEPS = """
 import json, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-import stacked_charts as charts
 from dev.h100.capture import capturing
 from dev.h100.cubin import resource_usage
+from stacked_charts import quarter, quarter_backward, row_backward, row_forward, step
 
-with capturing() as graphs, FakeTensorMode(), torch.device("cuda:0"), torch.no_grad():
-    logits, c = torch.empty(15, 16384), torch.empty(16, 16384)
-    charts.step(charts.row_forward, True, logits, c)
-    grads = torch.empty_like(c), torch.empty_like(c)
-    charts.step(charts.row_backward, True, logits, c, *grads)
+def numbers(*shape):
+    return torch.empty(*shape, device="cuda:0")
+
+N = 16384
+with capturing() as graphs, FakeTensorMode(), torch.no_grad():
+    row = numbers(15, N), numbers(16, N)
+    step(row_forward, True, *row)
+    step(row_backward, True, *row, numbers(16, N), numbers(16, N))
+    block = numbers(13, N), numbers(8, N), numbers(8, N)
+    step(quarter, True, *block)
+    step(quarter_backward, True, *block, numbers(4, 4 * N), numbers(4, 4 * N))
 print(json.dumps([[g.triton_launches, g.bytes, resource_usage(g.kernels)] for g in graphs]))
 """
 
 
 @needs_tools
 @pytest.mark.long
-def test_a_row_of_16_streams_is_one_kernel_without_spills():
-    """Forward: 15 logits and 16 columns in, 16 entries and 16 columns out, all float32. Backward:
-    the same in with two gradients of 16, and the gradients of the former out."""
-    forward, backward = json.loads(python("-c", ROW).splitlines()[-1])
+def test_steps_of_the_charts_are_few_kernels_without_spills():
+    """A row forward: 15 logits and 16 columns in, 16 entries and 16 columns out, all float32.
+    Backward: the same in with two gradients of 16, and the gradients of the former out.
+    A block of 8, whose four spreads lie side by side: 7 kernels, and 11 back."""
+    forward, backward, *cuts = json.loads(python("-c", STEPS).splitlines()[-1])
     for (launches, moved, ((_, registers, local, *_),)), numbers, most in (
         (forward, 15 + 3 * 16, 100),
         (backward, 2 * 15 + 4 * 16, 240),
     ):
         assert launches == 1 and local == 0 and registers <= most
         assert moved == 4 * 16384 * numbers
+    for (launches, _, usage), most in zip(cuts, (7, 11)):
+        assert launches <= most and all(local == 0 for _, _, local, *_ in usage)
 
 
 @needs_tools
