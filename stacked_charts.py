@@ -161,7 +161,7 @@ def transport_stacked(logits, r, c, compiled):
         upper = torch.cat([transport_stacked(inner, r, c, compiled), last_column[:, None]], 1)
         return torch.cat([upper, last_row[None]])
     r, c = step(quarter, compiled, own, r, c)
-    return four_as_one(transport_stacked(side_by_side(inner, 4), r, c, compiled))
+    return four_as_one(transport_stacked(side_by_side(inner), r, c, compiled))
 
 
 def transport_backward(logits, r, c, grad, compiled):
@@ -172,17 +172,18 @@ def transport_backward(logits, r, c, grad, compiled):
         return step(smallest_backward, compiled, own, r, c, grad)
     if n % 2:
         _, _, inner_r, inner_c = step(peel, compiled, own, r, c)
-        grads = transport_backward(inner, inner_r, inner_c, grad[:-1, :-1], compiled)
-        grad_inner, *grads = grads
-        grads = grad[:-1, -1], grad[-1], *grads
-        grad_own, *grads = step(peel_backward, compiled, own, r, c, *grads)
+        inner = inner, inner_r, inner_c, grad[:-1, :-1]
+        grad_inner, *grad_sums = transport_backward(*inner, compiled)
+        grad_border = grad[:-1, -1], grad[-1]
+        grads = step(peel_backward, compiled, own, r, c, *grad_border, *grad_sums)
     else:
         inner_r, inner_c = step(quarter, compiled, own, r, c)
-        blocks = side_by_side(inner, 4), inner_r, inner_c
-        grad_inner, *grads = transport_backward(*blocks, one_as_four(grad), compiled)
-        grad_inner = one_after_another(grad_inner, 4)
-        grad_own, *grads = step(quarter_backward, compiled, own, r, c, *grads)
-    return torch.cat([grad_own, grad_inner]), *grads
+        inner = side_by_side(inner), inner_r, inner_c, one_as_four(grad)
+        grad_inner, *grad_sums = transport_backward(*inner, compiled)
+        grad_inner = one_after_another(grad_inner)
+        grads = step(quarter_backward, compiled, own, r, c, *grad_sums)
+    grad_own, grad_r, grad_c = grads
+    return torch.cat([grad_own, grad_inner]), grad_r, grad_c
 
 
 def smallest(logits, r, c):
@@ -209,12 +210,15 @@ def quarter(logits, r, c):
     # The four spreads a, g, u, s of `transport`, side by side.
     mass = torch.cat([m11, C1 - m11, m11, R1 - m11])
     capacity = torch.cat([r[:h], r[h:], c[:h], c[h:]], 1)
-    choose = Choose(side_by_side(logits[1:], 4).unbind(0))
+    choose = Choose(side_by_side(logits[1:]).unbind(0))
     taken = spread(choose, mass, capacity.unbind(0), range(h), range(1), by_rows=True)
     taken = torch.stack(taken)
     left = (capacity - taken).relu()  # for the other blocks of the same rows or columns
     (a, g, u, s), (b, d, v, w) = taken.chunk(4, 1), left.chunk(4, 1)
     return torch.cat([a, b, g, d], 1), torch.cat([u, s, v, w], 1)
+
+
+# The gradients of these three, by autograd.
 
 
 def smallest_backward(logits, r, c, grad):
@@ -229,14 +233,14 @@ def quarter_backward(logits, r, c, *grads):
     return torch.func.vjp(quarter, logits, r, c)[1](grads)
 
 
-def side_by_side(logits, count):
-    """Logits (K, N) of `count` problems, one after the other -> (K / count, count N)."""
-    return logits.unflatten(0, (count, len(logits) // count)).transpose(0, 1).flatten(1)
+def side_by_side(logits):
+    """Logits (4 k, N) of four problems, one after the other -> (k, 4 N)."""
+    return logits.unflatten(0, (4, len(logits) // 4)).transpose(0, 1).flatten(1)
 
 
-def one_after_another(logits, count):
+def one_after_another(logits):
     """What `side_by_side` makes -> what it is made of."""
-    return logits.unflatten(1, (count, logits.shape[1] // count)).transpose(0, 1).flatten(0, 1)
+    return logits.unflatten(1, (4, logits.shape[1] // 4)).transpose(0, 1).flatten(0, 1)
 
 
 def four_as_one(blocks):
