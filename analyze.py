@@ -83,7 +83,8 @@ def look_at_run():
 
 
 def load_model(path, device):
-    """-> the model of a checkpoint, on the torch.device, and the checkpoint's state. RunError.
+    """-> the model of a checkpoint, on the torch.device, and the checkpoint's state. Raises
+    RunError for a checkpoint that cannot be loaded.
 
     The model computes in float32, whatever the run's dtype was.
     """
@@ -133,9 +134,9 @@ def analysis(path, device):
       effective_streams         before the sublayer, see `effective_streams`; mean over tokens
       dominant_stream, dominant_share   the stream (from 0) with the largest mean |read|, and
                       |its read| / sum |read|, mean over tokens
-      loss_change     {"identity": [change, error], "mean": [change, error]}: of the loss when
-                      this M alone is I, or its mean, for every token; the error is the standard
-                      error of the mean over sequences. None without loss_tokens
+      loss_change     {"identity": [change, error], "mean": [change, error]}: by how much the loss
+                      changes when this M alone is replaced, for every token, by I or by its mean.
+                      error: the standard error over sequences. None without loss_tokens
     A number that is not finite, or not defined with one stream, is null.
     """
     model, state = load_model(path, device)
@@ -172,12 +173,12 @@ def mean_matrices(sublayers):
 # ---- one run: what is written --------------------------------------------------------------------
 
 
-def read_most(sublayer):
+def read_most_text(sublayer):
     """The stream that is read most, and its share of the read, for the table."""
     return f"{sublayer['dominant_stream']}: {number(sublayer['dominant_share'], '.0%')}"
 
 
-def loss_change(kind, sublayer):
+def loss_change_text(kind, sublayer):
     """The change of the loss with M replaced, and its standard error, for the table."""
     if sublayer["loss_change"] is None:
         return "-"
@@ -185,7 +186,7 @@ def loss_change(kind, sublayer):
     return f"{number(change, '+.4f')} ± {number(error, '.4f')}"
 
 
-def two_singular_values(sublayer):
+def singular_values_text(sublayer):
     """The two largest of M, for the table: for a doubly stochastic M the first is 1."""
     return " ".join(number(value, ".3f") for value in sublayer["singular_values"][:2])
 
@@ -194,16 +195,16 @@ COLUMNS = [  # of the table: heading, and sublayer -> text
     ("sublayer", lambda s: s["name"]),
     ("M - I", lambda s: number(s["from_identity"], ".3f")),
     ("M - 1/n", lambda s: number(s["from_uniform"], ".3f")),
-    ("sigma 1, 2", two_singular_values),
+    ("sigma 1, 2", singular_values_text),
     ("spread", lambda s: number(s["spread"], ".3f")),
     ("ds error", lambda s: number(s["ds_error"], ".0e")),
     ("forward", lambda s: number(s["forward_gain_from_first"], "#.3g")),
     ("backward", lambda s: number(s["backward_gain_to_last"], "#.3g")),
     ("cosine", lambda s: number(s["cosine"], ".3f")),
     ("streams", lambda s: number(s["effective_streams"], ".2f")),
-    ("reads most", read_most),
-    ("loss, M = I", functools.partial(loss_change, "identity")),
-    ("loss, M = mean", functools.partial(loss_change, "mean")),
+    ("reads most", read_most_text),
+    ("loss, M = I", functools.partial(loss_change_text, "identity")),
+    ("loss, M = mean", functools.partial(loss_change_text, "mean")),
 ]
 
 
@@ -234,11 +235,14 @@ def number(value, form):
 def compare_runs():
     if figure not in ("all", *FIGURES):
         raise ValueError(f"figure must be all or one of {', '.join(FIGURES)}, not {figure!r}")
-    folders = [Path(name) for part in runs.split(",") for name in sorted(glob.glob(part))]
-    if not folders:
-        raise RunError(
-            f"--runs={runs}: there is no such folder; a pattern is --runs='out/laptop-*'"
-        )
+    folders = []
+    for pattern in runs.split(","):
+        found = sorted(glob.glob(pattern))
+        if not found:
+            raise RunError(
+                f"--runs={pattern}: there is no such folder; a pattern is --runs='out/laptop-*'"
+            )
+        folders += map(Path, found)
     target = Path(out or os.path.commonpath(folders))
     target.mkdir(parents=True, exist_ok=True)
     points = curves.points_of(curves.read_results(folders))
@@ -260,9 +264,9 @@ def draw_loss(points, target):
     losses = curves.by_tokens(points, "val")
     if not losses:
         raise NothingToDraw("no run has a loss that is finite")
-    differences, name = [], None
-    if reference := reference_of(points):
-        differences, name = curves.differences(points, reference), curves.label(reference)
+    arms = {point.arm for point in points}
+    name = next((name for name in references.split(",") if name in arms), None)
+    differences = curves.differences(points, name) if name else []
     plots.save(
         target / "loss.png",
         plots.loss_figure,
@@ -272,15 +276,6 @@ def draw_loss(points, target):
         name,
         curves.tokens_of_a_step(points),
     )
-
-
-def reference_of(points):
-    """The point of the first of `references` that there is, else None."""
-    for name in references.split(","):
-        for point in points:
-            if point.arm == name:
-                return point
-    return None
 
 
 def draw_training(points, target):
@@ -302,7 +297,10 @@ def draw_study(points, target):
         print(f"{curves.label(point)} is not in study.png: it has runs that are not finished")
     points = [point for point in points if point not in unfinished]
     panels = {name: curves.intervals(points, name) for name in references.split(",")}
+    unused = [name for name, rows in panels.items() if not rows]
     panels = {name: rows for name, rows in panels.items() if rows}
+    if panels and unused:
+        print(f"study.png has no differences from {', '.join(unused)}: no seed in common")
     if not panels:
         raise NothingToDraw(
             f"differences are taken from --references={references}, and no finished run of these "
@@ -314,15 +312,15 @@ def draw_study(points, target):
 def draw_gain(points, target):
     """From the newest checkpoints, else from the gain.json of an earlier call."""
     path = target / "gain.json"
-    runs_with = [
+    with_checkpoint = [
         (point, seed, run["folder"])
         for point in points
         for seed, run in point.runs.items()
         if run["folder"] and checkpoints.checkpoints(run["folder"])
     ]
-    if runs_with:
-        kept = gains_of_runs(runs_with)
-        write_json(path, {"provenance": provenance(), "tokens": tokens, "runs": kept})
+    if with_checkpoint:
+        kept = gains_of_runs(with_checkpoint)
+        write_json(path, {"provenance": provenance(), "runs": kept})
     elif path.exists():
         kept = json.loads(path.read_text())["runs"]
     else:
@@ -333,10 +331,10 @@ def draw_gain(points, target):
     plots.save(target / "gain.png", plots.gain_figure, *curves.by_depth(kept))
 
 
-def gains_of_runs(runs_with):
+def gains_of_runs(with_checkpoint):
     """[(point, seed, folder)] -> the runs in gain.json; says which cannot be loaded, and why."""
     kept = []
-    for point, seed, folder in runs_with:
+    for point, seed, folder in with_checkpoint:
         try:
             kept.append(gain_of_run(point, seed, folder))
         except RunError as error:
@@ -350,7 +348,7 @@ def gain_of_run(point, seed, folder):
     """One run in gain.json: the gains by depth, as in `analysis`, of its newest checkpoint."""
     path, where = find_checkpoint(folder, "latest"), pick_device(device)
     model, state = load_model(path, where)
-    sublayers, _ = look_at(model, validation_batches(state, tokens, where))
+    sublayers, n_tokens = look_at(model, validation_batches(state, tokens, where))
     gains = composite_gains(mean_matrices(sublayers))
     return {
         "arm": curves.label(point),
@@ -358,6 +356,7 @@ def gain_of_run(point, seed, folder):
         "seed": seed,
         "checkpoint": str(path),
         "step": state["step"],
+        "tokens": n_tokens,
         "forward_gain_from_first": [gain["forward_gain_from_first"] for gain in gains],
         "backward_gain_to_last": [gain["backward_gain_to_last"] for gain in gains],
     }

@@ -18,7 +18,7 @@ import torch
 
 
 class Choose:
-    """The map: the next logit says where the mass lies, whichever block it is of."""
+    """The map: the next logit says where the mass lies between lo and hi, for any block."""
 
     def __init__(self, logits):
         self.logits = iter(logits)
@@ -79,7 +79,7 @@ def tbp_chart(choose, n, one):
 def tbp_row(choose, i, c):
     """Row i of M. c: what is left of each column before this row -> the row's entries, and what is
     left of each column after it."""
-    right = list(itertools.accumulate(reversed(c[1:])))[::-1]  # right[j] = sum_{l>j} c_l
+    right = sums_to_the_right(c)
     r, entries, rest = torch.ones_like(c[0]), [], []
     for j in range(len(c) - 1):
         lo, hi = (r - right[j]).relu(), torch.minimum(r, c[j])
@@ -87,7 +87,12 @@ def tbp_row(choose, i, c):
         r = r - m
         entries.append(m)
         rest.append(c[j] - m)
-    return entries + [r], rest + [(c[-1] - r).relu()]
+    return entries + [r], rest + [(c[-1] - r).relu()]  # relu: rounding could go below 0
+
+
+def sums_to_the_right(c):
+    """c_0 .. c_{n-1} -> sum_{l>j} c_l for each j but the last."""
+    return list(itertools.accumulate(reversed(c[1:])))[::-1]
 
 
 # ---- rtbp ----------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def transport(choose, rows, cols, r, c):
         lo, hi = (r[0] - c[1]).relu(), torch.minimum(r[0], c[0])
         m = choose(lo, hi, rows[:1], cols[:1])
         below = c[0] - m
-        return [[m, r[0] - m], [below, (r[1] - below).relu()]]
+        return [[m, r[0] - m], [below, (r[1] - below).relu()]]  # relu: as in tbp_row
     if n % 2:
         corner, last_col, last_row = border(choose, rows, cols, r, c)
         r, c = remaining(r[:-1], last_col), remaining(c[:-1], last_row)

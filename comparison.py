@@ -1,29 +1,29 @@
 """
 What paired runs say: from the metrics of a run to a table with its uncertainty.
 
-A result is a dict, one for each run, as study.py keeps it in results/: what `measure` returns, and
-the run's arm, axes (the value of each swept knob that the arm does not set itself) and seed. Two
-arms are compared seed by seed, over the seeds that both finished. The columns of the table are
-means over seeds:
+A result is a dict, one for each run, as study.py keeps it in results/: what `measure` returns; the
+run's arm, axes (the value of each swept knob that the arm does not set itself) and seed; and its
+command, provenance and knobs. Two arms are compared seed by seed, over the seeds that both
+finished. The columns of the table are means over seeds:
 
 loss            validation loss at the last step
 - residual      the loss minus residual's (or that of another reference), with the 95 % interval of
                 the difference (Student's t). Where the interval holds 0, "within" is the largest
                 absolute difference in it
-equal time      the same difference, with the arm's loss at the time when residual was done. For a
-                slower arm it is an upper bound: a run planned to end at that time would have
-                lowered its learning rate by then
+equal time      the same difference, with the arm's loss at the time when residual was done. A
+                faster arm had ended by then: its last loss counts. For a slower arm it is an upper
+                bound: a run planned to end at that time would have lowered its learning rate
 speed-up        how many times sooner than residual the arm reached a loss that both reached: the
                 higher one of their last losses
-gain            the largest composite gain at an evaluation of any run
+gain            the largest composite gain at an evaluation of any run, of those that are finite
 
 A time is a number of steps times the median step time; losses between evaluations are interpolated.
 
-Where learning_rate is swept, an arm stands at its best rate. By the seeds that all its rates have,
-the worst rate falls out: one with the most diverged runs; of these, the one with the highest mean
-loss. Then the others are judged by the seeds that they have in common, and so on until one is left.
-So rates may be tried with one seed, and the best of them with more. Without a common seed, a rate
-with the fewest runs falls out. A run that diverged has no loss; it is counted.
+Where learning_rate is swept, an arm stands at its best rate. To find it, the worst rate is left
+out, again and again, until one is left. Rates are judged by the seeds that all of them have: the
+worst has the most diverged runs, and among equals the highest mean loss. Where they have no seed in
+common, one with the fewest runs is left out. So rates may be tried with one seed, and the best of
+them with more. A run that diverged has no loss; it is counted.
 """
 
 import csv
@@ -226,7 +226,7 @@ def best_rate(group):
 
 
 def worst_rate(group):
-    """The worst of some points, by the seeds that all of them have."""
+    """The worst of some points, by the seeds that all have; without one, a point of fewest runs."""
     common = set.intersection(*(set(point.runs) for point in group))
     if not common:
         return max(group, key=lambda point: (-len(point.runs), *badness(point, point.runs)))
@@ -288,12 +288,13 @@ def compare(point, reference):
     if not seeds:
         return Comparison(interval([]), interval([]), None)
     slower = point.ms() / reference.ms()
-    losses, equal_time = [], []
+    at_end, at_equal_time = [], []  # differences
     for seed in seeds:
-        final = theirs[seed]["final_loss"]
-        losses.append(ours[seed]["final_loss"] - final)
-        steps, values = zip(*curve(ours[seed]))
-        equal_time.append(float(np.interp(theirs[seed]["steps"] / slower, steps, values)) - final)
+        their_loss = theirs[seed]["final_loss"]
+        at_end.append(ours[seed]["final_loss"] - their_loss)
+        steps, losses = zip(*curve(ours[seed]))
+        our_step = theirs[seed]["steps"] / slower  # when the reference ended
+        at_equal_time.append(float(np.interp(our_step, steps, losses)) - their_loss)
 
     our_curve = mean_curve([ours[seed] for seed in seeds])
     their_curve = mean_curve([theirs[seed] for seed in seeds])
@@ -301,7 +302,7 @@ def compare(point, reference):
     our_step = step_at_loss(our_curve, both_reach)
     their_step = step_at_loss(their_curve, both_reach)
     speed_up = their_step / (our_step * slower) if our_step else None
-    return Comparison(interval(losses), interval(equal_time), speed_up)
+    return Comparison(interval(at_end), interval(at_equal_time), speed_up)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -433,8 +434,8 @@ def report(study, results, planned, others):
     if results:
         seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
         tokens = ", ".join(f"{tokens:,}" for tokens in sorted({run["tokens"] for run in results}))
-        places = sorted({provenance_text(result["provenance"]) for result in results})
-        parts.append(f"Seeds: {seeds}. Tokens of a run: {tokens}. {'; '.join(places)}.")
+        origins = sorted({provenance_text(result["provenance"]) for result in results})
+        parts.append(f"Seeds: {seeds}. Tokens of a run: {tokens}. {'; '.join(origins)}.")
         parts.append(table_markdown(results, study.references).rstrip())
     if others:
         parts.append(f"Not in the table, since the study has no such cell: {', '.join(others)}.")

@@ -9,6 +9,7 @@ A result (a run), a point (an arm with its runs by seed) and their differences a
 
 import json
 import math
+import re
 import statistics
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ NOT_NAMED = {
     *("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints"),
     *("batch_size", "device", "compile", "activation_memory_budget", "peak_flops"),
 }
+
+
+SECOND_RUN = re.compile(r"seed-?\d+-again\d+")  # the folder that study.py --cell makes
 
 
 class Curve(NamedTuple):
@@ -43,11 +47,14 @@ def read_results(folders):
     """Every run in and under `folders` -> a list of results, each with the `folder` of its run.
 
     A run is a folder with config.json and metrics.jsonl, finished or not, or a file that study.py
-    keeps of one (no folder: None). Raises RunError where there is none.
+    keeps of one (no folder: None). A cell that was run again counts once. Raises RunError where
+    there is none.
     """
     found = []
     for folder in folders:
         for path in sorted(folder.rglob("*.json")):
+            if SECOND_RUN.fullmatch(path.parent.name):
+                continue
             content = read_json(path)
             if path.name == "config.json" and "total_batch_tokens" in content:
                 found += result_of_run(path.parent)
@@ -207,12 +214,15 @@ def by_seconds(points, key):
     return [curve for curve in curves if curve]
 
 
-def differences(points, reference):
-    """Validation losses minus the reference's of the same seed, against tokens -> curves."""
-    theirs, curves = at_evaluations(reference, "val"), []
+def differences(points, arm):
+    """Validation losses minus those of the reference `arm` with the same seed and swept knobs,
+    against tokens -> curves."""
+    curves = []
     for point in points:
-        if point is reference:
+        reference = comparison.reference_of(point, arm, points)
+        if reference is None:
             continue
+        theirs = at_evaluations(reference, "val")
         ours, by_seed = at_evaluations(point, "val"), {}
         for seed in ours.keys() & theirs.keys():
             steps = ours[seed].keys() & theirs[seed].keys()

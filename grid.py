@@ -9,13 +9,13 @@ seed. The runs of a seed have the same initial weights and see the same batches.
     files = ["config/laptop.py"]                 config files of train.py
     knobs = {"n_layer": 24}                      of every run, after the files
     arms = {"tbp": {"mixer": "tbp"}}             the knobs of each arm, by its name
-    seeds = 5                                    1 to 5; or a list
+    seeds = 5                                    how many: seeds 1 to 5; or a list of seeds
     sweep = {"learning_rate": [1e-3, 2e-3]}      the values of each swept knob
     references = ["residual", "identity"]        the arms with which the table compares every other
 
 knobs, sweep and references may be left out; a helper variable has a name that starts with _. An arm
 that sets a swept knob itself keeps its own value. Where learning_rate is swept, min_lr changes in
-proportion.
+proportion. With init_from in knobs or in an arm, runs begin with these weights.
 """
 
 import copy
@@ -43,7 +43,8 @@ TYPES = {  # of the names in a study's file
     "references": list,
 }
 DEFAULTS = {"knobs": {}, "sweep": {}, "references": ["residual", "identity"]}
-IGNORED = ("out_dir", "init_from", "data_dir")  # knobs that do not change what a run computes
+IGNORED = ("out_dir", "data_dir")  # knobs that do not change what a run computes
+OF_THE_CELL = ("seed", "out_dir")  # knobs that are the cell's own, and no study's
 
 
 class Study(NamedTuple):
@@ -103,7 +104,8 @@ def read_study(path):
 
 
 def cells(study, options):
-    """The cells in the order of their runs: every arm with the first seed, then with the second."""
+    """The cells in the order of their runs: all arms and swept values with the first seed, then all
+    with the second."""
     found = {}
     for seed in study.seeds:
         for values in itertools.product(*study.sweep.values()):
@@ -121,6 +123,11 @@ def make_cell(study, options, arm, axes, seed):
     parts = [arm, *(f"{knob}={value}" for knob, value in axes.items()), f"seed{seed}"]
     for part in (study.name, *parts):
         refuse_as_folder(part)
+    if lost := [knob for knob in OF_THE_CELL if knob in {**study.knobs, **study.sweep, **own}]:
+        raise RunError(
+            f"{', '.join(lost)}: a study gives each run its own; seeds are --seeds=1,2 or seeds of "
+            "the study, and folders are in --out"
+        )
     name = "/".join(parts)
     knobs = {**study.knobs, **axes, **own, "seed": seed}
     if "learning_rate" in axes and "min_lr" not in {**axes, **own}:
@@ -174,6 +181,7 @@ def check_same(cell, knobs, where):
     A knob that train.py did not have when the run started has to stand at its default.
     """
     now, then = knobs_of(*cell.arguments), {**knobs_of(), **knobs}
+    then["init_from"] = then["init_from"].removeprefix("auto:").replace("auto", "scratch")
     changed = [
         f"{knob}: {then[knob]!r} -> {value!r}"
         for knob, value in now.items()

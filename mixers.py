@@ -13,8 +13,8 @@ with stacked_charts.py.
 Inside a mixer, M is a list of n rows, and a row is a list of n *planes* (planes.py). A plane is a
 tensor of the shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a
 straight line of pointwise operations on planes, which torch.compile fuses into one kernel. For more
-than FEW_STREAMS this line gets too long, and a mixer may have another form: one tensor that stacks
-the planes.
+than FEW_STREAMS there are too many operations, and a mixer may have another form: one tensor that
+stacks the planes.
 
 Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732, KromHC 2601.21579, TBP and RTBP
 2605.21724, identity mixing 2607.28611.
@@ -52,8 +52,8 @@ class Mixer:
 
     n_logits(n)                -> K. ValueError for an n where the mixer is not defined.
     map(planes, n, **options)  -> n rows of n planes, from K planes. No rows at all mean M = I.
-    inverse(M, n, **options)   -> logits (..., K) of M (..., n, n) in float64, not finite where no
-                                  logits give M. None: the inverse is not known.
+    inverse(M, n, **options)   -> logits (..., K) of M (..., n, n) in float64. Where no logits give
+                                  M they are not finite, or it raises ValueError. None: not known.
     start(n, eps)              -> logits (K,) at which training starts. None: the logits of
                                   (1 - eps) I + (eps / n) 11^T, by the inverse.
     map_stacked(logits, n, **options)  -> M (n, n, ...), from logits (K, ...), for more than
@@ -64,8 +64,8 @@ class Mixer:
     doubly_stochastic    M is doubly stochastic, exactly or in the limit of many rounds
     exact_sums           which sums of M are 1 to rounding, at any logits: rows, columns, or both
     nonnegative          no entry of M is ever below 0
-    starts_at_blend      training starts at the matrix above. If False, the rows of the matrix at
-                         the start sum to 1, and no more is promised.
+    starts_at_blend      training starts at `blend`. If False, the rows of the matrix at the start
+                         sum to 1, and no more is promised.
     bounded              the map bounds the entries of M. If False, HyperConnection puts what a
                          token adds to M through tanh.
     one_stream           the plain residual stream: there is nothing to mix

@@ -85,10 +85,11 @@ def metrics_line(step, logged_step, tally, clock, loss, norm, lr):
 
     loss, norm and lr are the last step's; norm_max, clipped and skipped cover the steps since
     logged_step; ms and data_ms the steps since the clock's restart. clipped is a share of the
-    steps, bad counts the newest steps in a row that were not finite.
+    steps, bad counts the newest steps in a row that were not finite, worst the most in a row since
+    the last line.
     """
     loss, norm = torch.stack([loss, norm]).tolist()
-    bad_in_a_row, _, skipped, clipped, norm_max = tally.read()
+    bad_in_a_row, worst, skipped, clipped, norm_max = tally.read()
     return {
         "step": step,
         "loss": loss,
@@ -98,6 +99,7 @@ def metrics_line(step, logged_step, tally, clock, loss, norm, lr):
         "clipped": clipped / (step - logged_step),
         "skipped": int(skipped),
         "bad": int(bad_in_a_row),
+        "worst": int(worst),
         "ms": clock.seconds_per_step(step) * 1e3,
         "data_ms": clock.waited / (step - clock.step) * 1e3,
     }

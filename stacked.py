@@ -5,8 +5,8 @@ Above FEW_STREAMS (planes.py) a list of n^2 planes would make code that grows wi
 and M are tensors (B, T, n), (B, T, n) and (B, T, n, n) in float32, with B = T = 1 where they do not
 depend on the token, and the Functions give the gradients of these tensors.
 
-The mix is written out, n terms, and is not a matrix product: the compiler joins the sum with what
-comes before and after, where a product would store float32 streams. Only the gradient of M is a
+The mix is a sum of n terms, written out: the compiler joins it with what comes before and after it.
+A matrix product would store its result, the streams in float32. Only the gradient of M is a matrix
 product, since it is n^2 sums over channels. The gradients of static coefficients are summed over
 all tokens (sum_to_size).
 """
@@ -31,9 +31,9 @@ from passes import (
 def tokens_first(planes: torch.Tensor) -> torch.Tensor:
     """(k, B, T) -> (B, T, k), in this order in memory.
 
-    The compiler sees one operation, here and in the gradient. Otherwise it would leave out the
-    copy: the planes lie one after the other, and a pass over the streams would go through all
-    tokens once for each stream."""
+    The compiler sees one operation, here and in the gradient, so it cannot leave out the copy.
+    Without the copy the numbers of a token lie far apart, one in each plane, and a pass over the
+    streams would go through all tokens once for each stream."""
     return planes.movedim(0, -1).clone(memory_format=torch.contiguous_format)
 
 
@@ -142,7 +142,9 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
         u_v = (grad_u * v32).sum(-1, keepdim=True)
         u_x = (grad_u[..., None, :] * x).sum(-1)
         grad_w = (at_least_float32(grad) * v32[..., None, :]).sum(-1) + a * u_v
-        grad_a, grad_M = (u_x if M is None else (M * u_x[..., None, :]).sum(-1)) + w * u_v, None
+        mixed_u_x = u_x if M is None else (M * u_x[..., None, :]).sum(-1)
+        grad_a = mixed_u_x + w * u_v  # <grad_u, x'_i>
+        grad_M = None
         if M is not None:
             # The product needs both in one dtype.
             grad_M = inner_products(cast(grad, x.dtype), x) + a[..., None] * u_x[..., None, :]

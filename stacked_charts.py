@@ -1,10 +1,11 @@
 """
 The transportation charts for many streams: the maps of charts.py on tensors instead of planes.
 
-A straight line over n^2 planes takes a compiler too long when n is large. Here the first dimension
-of a tensor counts numbers of a token, and the last one N tokens. A chart is one operation that the
-compiler of a model does not look into: a row of tbp, or a size of block of rtbp, is compiled by
-itself, and all sublayers call it. The tests compare these maps with those of charts.py.
+A chart over n^2 planes is n^2 pieces of code, which takes a compiler too long when n is large. Here
+a tensor holds them: its first dimension counts the numbers of a token, its last the N tokens. The
+compiler of a model sees a chart as one operation, and does not look inside. Inside, each step (a
+row of tbp, or all blocks of one size of rtbp) is compiled once, and all sublayers use it. The tests
+compare these maps with those of charts.py.
 """
 
 import itertools
@@ -13,13 +14,24 @@ from types import FunctionType
 
 import torch
 
-from charts import Choose, border, point, remaining, spread, tbp_row, transport
+from charts import (
+    Choose,
+    border,
+    point,
+    remaining,
+    spread,
+    sums_to_the_right,
+    tbp_row,
+    transport,
+)
 from compile_options import compiler_options
 
 
 def step(function, compiled, logits, sums, *others):
-    """A step of a chart, compiled if `compiled`: the function of logits (k, N), sums (n, N) of
-    columns or rows, and other tensors."""
+    """A step of a chart, compiled if `compiled`.
+
+    function: takes logits (k, N), then what is left of columns or rows (n, N), then other tensors.
+    """
     if compiled:
         function = kernel_of(function, *sums.shape)
     return function(logits, sums, *others)
@@ -29,10 +41,11 @@ def step(function, compiled, logits, sums, *others):
 def kernel_of(function, n, N):
     """The function, compiled for tensors of these sizes; it compiles at its first call.
 
-    Each N has a kernel: with one for all later N, a resumed run could use another one than the
-    first run. Dynamo compiles the same code 8 times and then gives up, so the code is copied.
-    PyTorch checks the first call of a compiled graph under other dispatch keys. So a later call
-    traces the function again, and finds the kernel in the compiler's cache."""
+    Each N has kernels of its own. Else PyTorch would make one for any N when a second N comes, and
+    a resumed run could use another kernel than the run that it continues. Dynamo gives up on code
+    that it has compiled 8 times, so each N has a copy of the code.
+    The first call runs under other dispatch keys than later ones. So the second call traces the
+    function once more, and finds the kernel in the compiler's cache."""
     own = FunctionType(function.__code__.replace(), function.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=False, options=compiler_options(n))
 
@@ -57,7 +70,7 @@ def tbp_by_rows(logits: torch.Tensor, n: int, compiled: bool) -> tuple[torch.Ten
     """Logits ((n-1)^2, N) -> M (n, n, N), and for the backward what is left of the columns before
     each row but the last, (n-1, n, N).
 
-    compiled: whether a row is one kernel."""
+    compiled: whether a row is one kernel, or runs operation by operation."""
     rows, columns = [], [logits.new_ones(n, logits.shape[1])]
     for own in logits.split(n - 1):
         entries, rest = step(row_forward, compiled, own, columns[-1])
@@ -92,7 +105,7 @@ def row_backward(logits, c, grad_entries, grad_rest):
     """The gradients of what `row_forward` returns -> those of its arguments. Written by hand:
     autograd's own compiles twice as slowly, and needs more registers."""
     c, grad_m, grad_c = c.unbind(0), grad_entries.unbind(0), list(grad_rest.unbind(0))
-    right = list(itertools.accumulate(reversed(c[1:])))[::-1]
+    right = sums_to_the_right(c)
     r, kept = torch.ones_like(c[0]), []
     for j in range(len(c) - 1):
         lo, hi, share = (r - right[j]).relu(), torch.minimum(r, c[j]), logits[j].sigmoid()
@@ -113,7 +126,7 @@ def row_backward(logits, c, grad_entries, grad_rest):
         grad_c[j] = grad_c[j] + grad_hi * (1 - row_limits)
         grad_los.append(grad_lo)
 
-    # lo falls as the columns to the right have more left: column j is right of all before it.
+    # lo_k = relu(r - sum_{l>k} c_l): c_j is subtracted in lo_k for every k < j.
     for j, total in enumerate(itertools.accumulate(reversed(grad_los)), start=1):
         grad_c[j] = grad_c[j] - total
     return torch.stack(grad_logits[::-1]), torch.stack(grad_c)
@@ -133,7 +146,7 @@ def rtbp_stacked(logits, n):
 @torch.library.custom_op("charts::rtbp_by_sizes", mutates_args=())
 @torch.no_grad()
 def rtbp_by_sizes(logits: torch.Tensor, n: int, compiled: bool) -> torch.Tensor:
-    """Logits ((n-1)^2, N) -> M (n, n, N)."""
+    """Logits ((n-1)^2, N) -> M (n, n, N). compiled: as in `tbp_by_rows`."""
     ones = logits.new_ones(n, logits.shape[1])
     return transport_stacked(logits, ones, ones, compiled)
 
@@ -172,14 +185,16 @@ def transport_backward(logits, r, c, grad, compiled):
         return step(smallest_backward, compiled, own, r, c, grad)
     if n % 2:
         _, _, inner_r, inner_c = step(peel, compiled, own, r, c)
-        inner = inner, inner_r, inner_c, grad[:-1, :-1]
-        grad_inner, *grad_sums = transport_backward(*inner, compiled)
-        grad_border = grad[:-1, -1], grad[-1]
-        grads = step(peel_backward, compiled, own, r, c, *grad_border, *grad_sums)
+        grad_inner, *grad_sums = transport_backward(
+            inner, inner_r, inner_c, grad[:-1, :-1], compiled
+        )
+        grad_column, grad_row = grad[:-1, -1], grad[-1]
+        grads = step(peel_backward, compiled, own, r, c, grad_column, grad_row, *grad_sums)
     else:
         inner_r, inner_c = step(quarter, compiled, own, r, c)
-        inner = side_by_side(inner), inner_r, inner_c, one_as_four(grad)
-        grad_inner, *grad_sums = transport_backward(*inner, compiled)
+        grad_inner, *grad_sums = transport_backward(
+            side_by_side(inner), inner_r, inner_c, one_as_four(grad), compiled
+        )
         grad_inner = one_after_another(grad_inner)
         grads = step(quarter_backward, compiled, own, r, c, *grad_sums)
     grad_own, grad_r, grad_c = grads
@@ -211,10 +226,10 @@ def quarter(logits, r, c):
     mass = torch.cat([m11, C1 - m11, m11, R1 - m11])
     capacity = torch.cat([r[:h], r[h:], c[:h], c[h:]], 1)
     choose = Choose(side_by_side(logits[1:]).unbind(0))
-    taken = spread(choose, mass, capacity.unbind(0), range(h), range(1), by_rows=True)
-    taken = torch.stack(taken)
-    left = (capacity - taken).relu()  # for the other blocks of the same rows or columns
-    (a, g, u, s), (b, d, v, w) = taken.chunk(4, 1), left.chunk(4, 1)
+    # Which rows and columns they are matters to Recall alone.
+    taken = torch.stack(spread(choose, mass, capacity.unbind(0), range(h), range(1), by_rows=True))
+    rest = (capacity - taken).relu()  # for the other blocks of the same rows or columns
+    (a, g, u, s), (b, d, v, w) = taken.chunk(4, 1), rest.chunk(4, 1)
     return torch.cat([a, b, g, d], 1), torch.cat([u, s, v, w], 1)
 
 
@@ -245,8 +260,8 @@ def one_after_another(logits):
 
 def four_as_one(blocks):
     """The four blocks of `quarter`, (h, h, 4 N) -> M (2h, 2h, N)."""
-    lower_and_right = blocks.unflatten(2, (2, 2, blocks.shape[2] // 4))
-    return lower_and_right.movedim((2, 3), (0, 2)).flatten(2, 3).flatten(0, 1)
+    parts = blocks.unflatten(2, (2, 2, blocks.shape[2] // 4))  # (h, h, lower, right, N)
+    return parts.movedim((2, 3), (0, 2)).flatten(2, 3).flatten(0, 1)
 
 
 def one_as_four(M):

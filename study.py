@@ -38,6 +38,7 @@ import checkpoint
 import comparison
 from data import DataError, write_atomic, write_json
 from grid import (
+    DEFAULTS,
     TRAIN,
     Cell,
     Study,
@@ -97,8 +98,8 @@ class Run(NamedTuple):
 
 
 def planned(cell):
-    """-> the cell's Run, not started yet. Refuses knobs that train.py does not have, or that are
-    not those with which the run began."""
+    """-> the cell's Run, not started yet. SystemExit for knobs that train.py refuses, RunError for
+    knobs other than those with which the run began."""
     steps = knobs_of(*cell.arguments)["max_iters"]
     config, _ = comparison.read_run(cell.folder)
     if config:
@@ -117,7 +118,7 @@ def start(run, options, slot):
         processes = f"--nproc_per_node={options.processes}"
         launcher = ["-m", "torch.distributed.run", "--standalone", processes]
     words = [sys.executable, *launcher, str(TRAIN), *cell.arguments]
-    words += [f"--out_dir={cell.folder}", "--init_from=auto"]
+    words += [f"--out_dir={cell.folder}", f"--init_from={or_goes_on(cell)}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     if torch.cuda.device_count():
         environment["CUDA_VISIBLE_DEVICES"] = gpus_of_slot(slot, options.processes)
@@ -128,6 +129,12 @@ def start(run, options, slot):
         streams = {"stdout": log, "stderr": log}
         process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
     return run._replace(process=process)
+
+
+def or_goes_on(cell):
+    """The cell's init_from, but where there is a checkpoint the run goes on from it."""
+    init_from = knobs_of(*cell.arguments)["init_from"]
+    return "auto" if init_from == "scratch" else f"auto:{init_from}"
 
 
 def gpus_of_slot(slot, processes):
@@ -157,11 +164,8 @@ def settle(run, options, stopping):
 
 
 def ends_in_bad_steps(records, config):
-    """Whether train.py gave up a run with these metrics, since too many steps were not finite."""
-    skipped = [record["skipped"] for record in records if "skipped" in record]  # by log line
-    if not skipped or not skipped[-1]:
-        return False
-    return sum(skipped) >= config["max_bad_steps"]
+    """Whether train.py gave up a run with these metrics: max_bad_steps bad steps in a row."""
+    return bool(records) and records[-1].get("worst", 0) >= config["max_bad_steps"]
 
 
 def run_grid(study, todo, options):
@@ -190,17 +194,19 @@ def run_grid(study, todo, options):
                 if run.process.poll() is None:
                     continue
                 del running[slot]
-                done += run.share(run.steps)
+                share = run.share(run.steps)
                 try:
                     outcome = settle(run, options, stopping)
+                    done += share
                 except RunError as error:
                     outcome = str(error)
                     failed.append(run.cell.name)
+                    total -= share  # it did not take the time of a whole run
                 left = time_left(time.time() - began, done, total, running.values())
                 say(f"{run.cell.name}: {outcome} | {len(waiting) + len(running)} to go, {left}")
                 write_table(study, options)
     finally:
-        for run in running.values():  # after an error: no run outlives this process
+        for run in running.values():  # after an error: each writes a checkpoint and ends
             run.process.terminate()
     return failed
 
@@ -209,7 +215,9 @@ def time_left(seconds, done, total, running):
     """How long the rest will take, in words. `seconds` have passed, in which `done` of `total` runs
     were done, and parts of those that are `running`."""
     done += sum(run.share(comparison.last_step(run.cell.folder)) for run in running)
-    minutes = round(seconds * (total - done) / done / 60) if done else 0
+    if not done:
+        return "the time left is not known yet"
+    minutes = round(seconds * (total - done) / done / 60)
     return f"about {minutes // 60} h {minutes % 60:02} min"
 
 
@@ -303,7 +311,8 @@ def parse_values(text):
 def parse_seeds(text):
     """'5' -> [1, 2, 3, 4, 5]; '2,3' -> [2, 3]; '2,' -> [2]."""
     seeds = parse_values(text)
-    if not seeds or not all(isinstance(seed, int) for seed in seeds):
+    numbers = all(isinstance(seed, int) for seed in seeds)
+    if not seeds or not numbers or ("," not in text and seeds[0] < 1):
         raise RunError(f"--seeds={text}: give how many, such as 5, or which, such as 2,3")
     return seeds if "," in text else list(range(1, seeds[0] + 1))
 
@@ -319,16 +328,16 @@ def parse_sweep(axes):
     return sweep
 
 
-def choose(what, wanted, there):
-    """Those of `there` that are `wanted`, in the order of `there`; all of them for None.
+def choose(what, wanted, known):
+    """The `wanted` ones, in the order of `known`; all that are known where `wanted` is None.
 
-    Raises RunError if a wanted one is not there; `what` says what they are: "arm"."""
+    Raises RunError for one that is not known; `what` says in the message what they are: "arm"."""
     if wanted is None:
-        return list(there)
-    if missing := [str(one) for one in wanted if one not in there]:
-        known = ", ".join(map(str, there)) or "none"
-        raise RunError(f"there is no {what} {', '.join(missing)}; there are {known}")
-    return [one for one in there if one in wanted]
+        return list(known)
+    if missing := [str(one) for one in wanted if one not in known]:
+        listed = ", ".join(map(str, known)) or "none"
+        raise RunError(f"there is no {what} {', '.join(missing)}; there are {listed}")
+    return [one for one in known if one in wanted]
 
 
 def study_of_mixers(options, names, seeds, sweep):
@@ -349,7 +358,7 @@ def study_of_mixers(options, names, seeds, sweep):
         arms=arms,
         seeds=seeds,
         sweep=sweep,
-        references=["residual", "identity"],
+        references=DEFAULTS["references"],
     )
 
 
@@ -365,6 +374,11 @@ def read_command_line():
         raise RunError(f"a study stands alone, not among {', '.join(options.files)}")
     else:
         study = read_study(options.files[0])
+    for knob in knobs:
+        if knob in study.sweep:
+            raise RunError(f"--{knob}: the study sweeps it; write --sweep {knob}={knobs[knob]}")
+        if all(knob in own for own in study.arms.values()):
+            raise RunError(f"--{knob}: every arm of the study sets {knob} itself; change them")
     more = [f"--{knob}={value}" for knob, value in knobs.items()]
     if options.name:
         more.insert(0, f"--name={options.name}")
@@ -373,7 +387,7 @@ def read_command_line():
         command=" ".join([study.command, *map(shlex.quote, more)]),
         knobs={**study.knobs, **knobs},
     )
-    choose("axis", list(sweep), study.sweep)  # refuses another
+    choose("axis", list(sweep), study.sweep)  # refuses a knob that the study does not sweep
     part = study._replace(
         arms={name: study.arms[name] for name in choose("arm", names, study.arms)},
         seeds=choose("seed", seeds, study.seeds),

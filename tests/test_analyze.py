@@ -227,7 +227,7 @@ def test_curves_of_runs(tmp_path):
     assert tbp == ("tbp", "tbp", 2, [0, 2560, 5120], [5, 3.5, 2.25], [5, 3, 2], [5, 4, 2.5])
     assert plain.x == tbp.x and plain.low == plain.high == plain.mean == [5, 3.5, 2.25]
     assert curves.by_seconds(points, "val")[0].x == [0, 10 * 0.2, 20 * 0.2]  # the median run's
-    (difference,) = curves.differences(points, points[1])
+    (difference,) = curves.differences(points, "residual")
     assert difference.label == "tbp" and difference.seeds == 1
     assert difference.mean == pytest.approx([0, -0.5, -0.25])
     assert curves.by_tokens(points, "norm_max")[0].x == [2560, 5120]
@@ -270,6 +270,26 @@ def test_runs_of_a_study_keep_their_arms(tmp_path):
     (again,) = curves.read_results([tmp_path / "results"])
     assert again == {**kept, "folder": None}
     assert curves.label(curves.points_of([again])[0]) == "wide, n_streams=8"
+
+
+def test_a_cell_that_was_run_again_counts_once(tmp_path):
+    """As study.py --cell leaves it, beside the run of the study."""
+    write_run(tmp_path / "tbp" / "seed1", [5.0, 3.0])
+    again = write_run(tmp_path / "tbp" / "seed1-again1", [5.0, 3.0])
+    (result,) = curves.read_results([tmp_path])
+    (again / "result.json").write_text(json.dumps({**result, "folder": None}))
+    assert curves.read_results([tmp_path]) == [result]
+
+
+def test_differences_are_taken_at_the_same_swept_knobs(tmp_path):
+    """Arms tbp and residual at two sizes of batch, and the losses of the four runs."""
+    for arm, at_8, at_16 in (("residual", 3.0, 2.0), ("tbp", 2.75, 1.5)):
+        for rows, loss in ((8, at_8), (16, at_16)):
+            folder = tmp_path / arm / f"batch_size={rows}" / "seed1"
+            write_run(folder, [5.0, loss], mixer=arm, batch_size=rows)
+    points = curves.points_of(curves.read_results([tmp_path]))
+    found = {curve.label: curve.mean for curve in curves.differences(points, "residual")}
+    assert found == {"tbp, batch_size=16": [0, -0.5], "tbp, batch_size=8": [0, -0.25]}
 
 
 def test_a_sweep_of_learning_rates_is_shown_at_its_best(tmp_path, capsys):
@@ -400,10 +420,12 @@ def test_many_runs(trained, tmp_path):
     pytest.importorskip("matplotlib")
     out = f"--out={tmp_path}"
     output = run("analyze.py", f"--runs={trained}/*", "--tokens=32", out)
+    assert "study.png has no differences from identity: no seed in common" in output
     for name in ("loss", "training", "study", "gain"):
         assert f"written: {tmp_path / name}.png" in output
         check_figure(tmp_path / f"{name}.png")
     kept = json.loads((tmp_path / "gain.json").read_text())["runs"]
+    assert [run["tokens"] for run in kept] == [32, 32]
     assert [run["mixer"] for run in kept] == ["residual", "tbp"]
     assert kept[1]["forward_gain_from_first"] == pytest.approx([1] * 4, abs=1e-5)
     first = (tmp_path / "gain.png").read_bytes()
@@ -434,6 +456,7 @@ def test_what_is_missing_is_said(tmp_path):
         ("--loss_tokens=-1", "loss_tokens = -1 at least 0"),
         ("--out_dir=nowhere", "nowhere has no checkpoint; name the"),
         ("--runs=nowhere/*", "--runs=nowhere/*: there is no such folder"),
+        ("--runs=config,nowhere", "--runs=nowhere: there is no such folder"),
         ("--runs=config --figure=loss", "config: no run is there"),
         ("--runs=config --figure=lots", "figure must be all or one of loss, training, study, gain"),
     ],

@@ -293,7 +293,8 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny, tmp_path):
         and "Lower --learning_rate" in output
     )
     last = records(tmp_path / "out")[-1]
-    assert last["bad"] == 3 and last["skipped"] == 1 and last["loss"] is None
+    assert last["bad"] == last["worst"] == 3
+    assert last["skipped"] == 1 and last["loss"] is None
 
 
 def test_a_row_of_bad_steps_between_two_log_lines_ends_the_run(tiny):

@@ -384,6 +384,17 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
         ("", ["--name=../other"], "'../other' cannot be the name of a folder"),
         ("", ["--name=."], "'.' cannot be the name of a folder"),
         ('sweep = {"data_dir": ["a/b"]}', [], "'data_dir=a/b' cannot be the name of a folder"),
+        ("", ["--seeds=0"], "--seeds=0: give how many"),
+        ("", ["--seed=3"], "seed: a study gives each run its own; seeds are --seeds=1,2"),
+        ("", ["--out_dir=out/x"], "out_dir: a study gives each run its own"),
+        ('arms["identity"]["seed"] = 3', [], "seed: a study gives each run its own"),
+        ('sweep = {"seed": [3]}', [], "seed: a study gives each run its own"),
+        (
+            'sweep = {"n_embd": [16]}',
+            ["--n_embd=32"],
+            "the study sweeps it; write --sweep n_embd=32",
+        ),
+        ("", ["--mixer=tbp"], "--mixer: every arm of the study sets mixer itself"),
     ],
 )
 def test_refusals_before_anything_runs(call, tiny_study, tmp_path, more, arguments, message):
@@ -425,6 +436,73 @@ def test_a_run_of_other_knobs_is_not_taken_for_a_cell(call, tiny_study, tmp_path
     output = call(path, "--arms=residual", "--seeds=2,", ok=False)
     assert "out/studies/tiny/residual/seed2 is a run with other knobs" in output
     assert "mixer: 'identity' -> 'residual'" in output and not (begun / "log.txt").exists()
+
+
+@pytest.mark.quick
+def test_runs_may_begin_with_weights_and_are_known_by_them(call, tiny_study, tmp_path, monkeypatch):
+    """A run is started so that it goes on from its own checkpoint, if it has one."""
+    started = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, words, **_):
+            started.append([word for word in words if word.startswith("--init_from")][-1])  # wins
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Ended))
+    path = tiny_study("seeds = 1\n")
+    assert "--init_from" not in call(path, "--dry_run")
+    assert "--init_from=out/tbp" in call(path, "--dry_run", "--init_from=out/tbp")
+    call(path)
+    call(path, "--init_from=out/tbp")
+    assert started == ["--init_from=auto"] * 2 + ["--init_from=auto:out/tbp"] * 2
+
+    # What train.py wrote of such a run is this cell's only with the same weights.
+    cell = grid.cells(*part_of(path, tmp_path))[0]
+    for own, message in (("auto", None), ("auto:out/tbp", "init_from: 'out/tbp' -> 'scratch'")):
+        knobs = {**grid.knobs_of(*cell.arguments), "init_from": own}
+        if message is None:
+            grid.check_same(cell, knobs, "there")
+        else:
+            with pytest.raises(RunError, match=message):
+                grid.check_same(cell, knobs, "there")
+
+
+def part_of(path, folder):
+    """The study at `path`, and options with the folders that its cells need."""
+    return grid.read_study(path), SimpleNamespace(out=folder / "out", results=folder / "results")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("worst, gave_up", [(0, False), (9, False), (10, True), (12, True)])
+def test_only_bad_steps_in_a_row_are_a_divergence(worst, gave_up):
+    """A loss scaler skips a step now and then: many in all, and a run that was then killed."""
+    line = {"step": 20, "loss": 5.0, "skipped": 9, "bad": 0, "worst": 1}
+    lines = [{**line, "step": step} for step in (20, 40, 60)] + [{**line, "worst": worst}]
+    assert study.ends_in_bad_steps(lines, {"max_bad_steps": 10}) == gave_up
+    assert not study.ends_in_bad_steps([*lines, {"step": 80, "val": 5.0}], {"max_bad_steps": 10})
+    assert not study.ends_in_bad_steps([], {"max_bad_steps": 10})
+
+
+@pytest.mark.quick
+def test_the_time_left_is_that_of_the_runs_that_were_not_begun():
+    """Of three whole runs one is done, and took an hour."""
+    assert study.time_left(3600, done=1.0, total=3.0, running=[]) == "about 2 h 00 min"
+    assert "not known" in study.time_left(3600, done=0.0, total=3.0, running=[])
+
+
+@pytest.mark.quick
+def test_a_failed_run_does_not_shorten_the_time_left(call, tiny_study, monkeypatch):
+    """The first of two fails at once: how long the second takes is not known."""
+    ended = SimpleNamespace(poll=lambda: 1, returncode=1)
+    log = Path("out/studies/tiny/residual/seed1/log.txt")
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=lambda *_, **__: ended))
+    output = call(tiny_study("seeds = 1\n"), ok=False)
+    assert f"residual/seed1: failed; {log} ends with" in output
+    assert "| 1 to go, the time left is not known yet" in output
 
 
 @pytest.mark.quick
