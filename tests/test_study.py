@@ -536,12 +536,13 @@ def test_a_damaged_result_and_one_of_no_cell_are_named(call, tiny_study, tmp_pat
 
 
 @pytest.mark.quick
-def test_a_wide_residual_has_as_many_parameters_as_tbp():
+@pytest.mark.parametrize("name, mix_logits", [("constraint", 9), ("mixers", 16)])
+def test_a_wide_residual_has_as_many_parameters_as_tbp_or_hc(name, mix_logits):
     """Counted one by one: a linear layer of C x n_mlp and one back, against phi, bias and gates."""
-    one = grid.read_study(ROOT / "config/studies/constraint.py")
+    one = grid.read_study(ROOT / f"config/studies/{name}.py")
     C, n = 64, 4  # config/deep.py
     extra = one.arms["residual_wide"]["n_mlp"] - 4 * C
-    logits = n + n + (n - 1) ** 2
+    logits = n + n + mix_logits
     hyper_connections = 2 * (logits * n * C + logits + 3)  # of a layer: attention and MLP
     assert abs(2 * C * extra - hyper_connections) <= C  # half a hidden unit
 
