@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import glob
 import json
-import math
 import os
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import checkpoint as checkpoints
 import curves
 import maps
 import plots
+from comparison import number
 from configurator import configure
 from data import TokenBlocks, write_json
 from measure import composite_gains, look_at, loss_changes
@@ -224,11 +224,6 @@ def table(found):
     return "\n".join(lines)
 
 
-def number(value, form):
-    """`value` in the format `form`; a dash where it is not defined."""
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
-
-
 # ---- many runs -----------------------------------------------------------------------------------
 
 
@@ -300,7 +295,10 @@ def draw_study(points, target):
     unused = [name for name, rows in panels.items() if not rows]
     panels = {name: rows for name, rows in panels.items() if rows}
     if panels and unused:
-        print(f"study.png has no differences from {', '.join(unused)}: no seed in common")
+        print(
+            f"study.png has no differences from {', '.join(unused)}: no finished run of such an "
+            "arm has a seed in common with another's"
+        )
     if not panels:
         raise NothingToDraw(
             f"differences are taken from --references={references}, and no finished run of these "

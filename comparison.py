@@ -373,11 +373,8 @@ def table_markdown(results, references):
         else:
             cells += ["" for _ in timed]
         diverged = len(point.runs) - len(point.finished())
-        cells += [
-            number(point.ms(), ".0f"),
-            number(point.largest("gain"), ".4g"),
-            str(diverged or ""),
-        ]
+        cells += [number(point.ms(), ".0f"), number(point.largest("gain"), ".4g")]
+        cells.append(str(diverged or ""))
         lines.append(cells)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
@@ -403,8 +400,8 @@ def difference_text(difference):
 
 
 def number(value, form):
-    """`value` in the format `form`; None is a dash."""
-    return "-" if value is None else format(value, form)
+    """`value` in the format `form`; a dash where it is None or not finite."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 NOTES = """\

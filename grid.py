@@ -15,7 +15,7 @@ seed. The runs of a seed have the same initial weights and see the same batches.
 
 knobs, sweep and references may be left out; a helper variable has a name that starts with _. An arm
 that sets a swept knob itself keeps its own value. Where learning_rate is swept, min_lr changes in
-proportion. With init_from in knobs or in an arm, runs begin with these weights.
+proportion. All runs start from scratch.
 """
 
 import copy
@@ -43,8 +43,8 @@ TYPES = {  # of the names in a study's file
     "references": list,
 }
 DEFAULTS = {"knobs": {}, "sweep": {}, "references": ["residual", "identity"]}
-IGNORED = ("out_dir", "data_dir")  # knobs that do not change what a run computes
-OF_THE_CELL = ("seed", "out_dir")  # knobs that are the cell's own, and no study's
+IGNORED = ("out_dir", "init_from", "data_dir")  # where files are; and auto in place of scratch
+OF_THE_CELL = ("seed", "out_dir", "init_from")  # knobs that are the cell's own, and no study's
 
 
 class Study(NamedTuple):
@@ -126,7 +126,7 @@ def make_cell(study, options, arm, axes, seed):
     if lost := [knob for knob in OF_THE_CELL if knob in {**study.knobs, **study.sweep, **own}]:
         raise RunError(
             f"{', '.join(lost)}: a study gives each run its own; seeds are --seeds=1,2 or seeds of "
-            "the study, and folders are in --out"
+            "the study, folders are in --out, and all runs start from scratch"
         )
     name = "/".join(parts)
     knobs = {**study.knobs, **axes, **own, "seed": seed}
@@ -181,7 +181,6 @@ def check_same(cell, knobs, where):
     A knob that train.py did not have when the run started has to stand at its default.
     """
     now, then = knobs_of(*cell.arguments), {**knobs_of(), **knobs}
-    then["init_from"] = then["init_from"].removeprefix("auto:").replace("auto", "scratch")
     changed = [
         f"{knob}: {then[knob]!r} -> {value!r}"
         for knob, value in now.items()

@@ -7,8 +7,7 @@ Mixers: K logits -> the n x n matrix M that mixes the n residual streams.
 The contract, `class Mixer`, comes first. Then each mixer has a section of its own: the map, its
 inverse, its start, and its entry in `MIXERS`. The model, the tests, the benchmark and the studies
 walk that registry, so a new mixer is one section here (and its oracle in tests/oracle.py). Three
-families of maps are long, and have files of their own: sinkhorn.py, permutations.py, and charts.py
-with stacked_charts.py.
+families of maps are long, and have files of their own: sinkhorn.py, permutations.py and charts.py.
 
 Inside a mixer, M is a list of n rows, and a row is a list of n *planes* (planes.py). A plane is a
 tensor of the shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a

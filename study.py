@@ -100,12 +100,14 @@ class Run(NamedTuple):
 def planned(cell):
     """-> the cell's Run, not started yet. SystemExit for knobs that train.py refuses, RunError for
     knobs other than those with which the run began."""
-    steps = knobs_of(*cell.arguments)["max_iters"]
+    knobs = knobs_of(*cell.arguments)
+    if knobs["init_from"] != "scratch":  # of a config file
+        raise RunError(f"init_from = {knobs['init_from']!r}: runs of a study start from scratch")
     config, _ = comparison.read_run(cell.folder)
     if config:
         check_same(cell, config, cell.folder)
     saved = [int(path.stem.removeprefix("ckpt_")) for path in checkpoint.checkpoints(cell.folder)]
-    return Run(cell, max(saved, default=0), steps)
+    return Run(cell, max(saved, default=0), knobs["max_iters"])
 
 
 def start(run, options, slot):
@@ -118,7 +120,7 @@ def start(run, options, slot):
         processes = f"--nproc_per_node={options.processes}"
         launcher = ["-m", "torch.distributed.run", "--standalone", processes]
     words = [sys.executable, *launcher, str(TRAIN), *cell.arguments]
-    words += [f"--out_dir={cell.folder}", f"--init_from={or_goes_on(cell)}"]
+    words += [f"--out_dir={cell.folder}", "--init_from=auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     if torch.cuda.device_count():
         environment["CUDA_VISIBLE_DEVICES"] = gpus_of_slot(slot, options.processes)
@@ -129,12 +131,6 @@ def start(run, options, slot):
         streams = {"stdout": log, "stderr": log}
         process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
     return run._replace(process=process)
-
-
-def or_goes_on(cell):
-    """The cell's init_from, but where there is a checkpoint the run goes on from it."""
-    init_from = knobs_of(*cell.arguments)["init_from"]
-    return "auto" if init_from == "scratch" else f"auto:{init_from}"
 
 
 def gpus_of_slot(slot, processes):

@@ -387,6 +387,14 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
         ("", ["--seeds=0"], "--seeds=0: give how many"),
         ("", ["--seed=3"], "seed: a study gives each run its own; seeds are --seeds=1,2"),
         ("", ["--out_dir=out/x"], "out_dir: a study gives each run its own"),
+        ("", ["--init_from=gpt2"], "init_from: a study gives each run its own"),
+        ('arms["identity"]["init_from"] = "out/tbp"', [], "and all runs start from scratch"),
+        (
+            'Path = __import__("pathlib").Path\nPath("w.py").write_text("init_from = \'gpt2\'")\n'
+            'files = ["w.py"]\ndel Path',
+            [],
+            "init_from = 'gpt2': runs of a study start from scratch",
+        ),
         ('arms["identity"]["seed"] = 3', [], "seed: a study gives each run its own"),
         ('sweep = {"seed": [3]}', [], "seed: a study gives each run its own"),
         (
@@ -436,44 +444,6 @@ def test_a_run_of_other_knobs_is_not_taken_for_a_cell(call, tiny_study, tmp_path
     output = call(path, "--arms=residual", "--seeds=2,", ok=False)
     assert "out/studies/tiny/residual/seed2 is a run with other knobs" in output
     assert "mixer: 'identity' -> 'residual'" in output and not (begun / "log.txt").exists()
-
-
-@pytest.mark.quick
-def test_runs_may_begin_with_weights_and_are_known_by_them(call, tiny_study, tmp_path, monkeypatch):
-    """A run is started so that it goes on from its own checkpoint, if it has one."""
-    started = []
-
-    class Ended:
-        returncode = 0
-
-        def __init__(self, words, **_):
-            started.append([word for word in words if word.startswith("--init_from")][-1])  # wins
-
-        def poll(self):
-            return 0
-
-    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Ended))
-    path = tiny_study("seeds = 1\n")
-    assert "--init_from" not in call(path, "--dry_run")
-    assert "--init_from=out/tbp" in call(path, "--dry_run", "--init_from=out/tbp")
-    call(path)
-    call(path, "--init_from=out/tbp")
-    assert started == ["--init_from=auto"] * 2 + ["--init_from=auto:out/tbp"] * 2
-
-    # What train.py wrote of such a run is this cell's only with the same weights.
-    cell = grid.cells(*part_of(path, tmp_path))[0]
-    for own, message in (("auto", None), ("auto:out/tbp", "init_from: 'out/tbp' -> 'scratch'")):
-        knobs = {**grid.knobs_of(*cell.arguments), "init_from": own}
-        if message is None:
-            grid.check_same(cell, knobs, "there")
-        else:
-            with pytest.raises(RunError, match=message):
-                grid.check_same(cell, knobs, "there")
-
-
-def part_of(path, folder):
-    """The study at `path`, and options with the folders that its cells need."""
-    return grid.read_study(path), SimpleNamespace(out=folder / "out", results=folder / "results")
 
 
 @pytest.mark.quick
