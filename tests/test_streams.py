@@ -405,3 +405,35 @@ def test_a_scale_times_an_exact_matrix_is_that_matrix_with_other_writes():
         scaled = hc(scaled, branch)
     assert S.min() < 0.7 and S.max() > 1.5
     torch.testing.assert_close(scaled.x, S[..., None] * exact, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.quick
+def test_streams_that_change_places_are_identity_with_other_labels():
+    """Where every M is a permutation, the streams only change places. With M = I the model computes
+    the same, if its weights count the streams by the places that they had at the start."""
+    torch.manual_seed(0)
+    n, C = 4, 6
+    weight = torch.randn(C, C, dtype=torch.float64)
+
+    def branch(u):
+        return u.tanh() @ weight
+
+    x = torch.randn(2, 5, n, C, dtype=torch.float64)
+    moving = staying = Streams(x, None)
+    first = torch.arange(n)  # the first place of the stream that is at place i
+    for sublayer in range(5):
+        order = torch.randperm(n)  # M brings stream order[i] to place i
+        mover = noisy(HyperConnection("hc", n, C, gates="bounded"), seed=sublayer)
+        stayer = HyperConnection("identity", n, C).double()
+        after = first[order]
+        with torch.no_grad():
+            mover.phi[2 * n :] = 0
+            mover.bias[2 * n :] = torch.eye(n)[order].flatten()
+            stayer.alpha.copy_(mover.alpha)
+            read, write = mover.phi[: 2 * n].view(2, n, n, C)
+            phi = stayer.phi.view(2, n, n, C)
+            phi[0, first[:, None], first], phi[1, after[:, None], first] = read, write
+            stayer.bias[first], stayer.bias[n + after] = mover.bias[:n], mover.bias[n : 2 * n]
+        moving, staying, first = mover(moving, branch), stayer(staying, branch), after
+        torch.testing.assert_close(moving.x, staying.x[:, :, first])
+    assert not torch.equal(first, torch.arange(n))
