@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from mixers import ds_error
-from streams import HyperConnection
+from streams import HyperConnection, ScaledResidual
 
 
 def look_at(model, batches):
@@ -147,7 +147,9 @@ def largest_row_sum(M):
 
 @contextlib.contextmanager
 def replaced_mix(connection, matrix):
-    """Inside `with`, the HyperConnection mixes the streams of every token by `matrix` (n, n)."""
+    """Inside `with`, the HyperConnection mixes the streams of every token by `matrix` (n, n).
+
+    Of a ScaledResidual M is its factor s, and `matrix` (1, 1) stands for it."""
     connection.coefficients = functools.partial(coefficients_with, connection.coefficients, matrix)
     try:
         yield
@@ -157,7 +159,10 @@ def replaced_mix(connection, matrix):
 
 def coefficients_with(usual, matrix, *state):
     """What usual(*state) returns, with the entries of `matrix` instead of the planes of M."""
-    read, write, _ = usual(*state)
+    found = usual(*state)
+    if len(found) == 1:  # the s of a ScaledResidual
+        return [matrix.to(found[0]).expand_as(found[0])]
+    read, write, _ = found
     entries = matrix.to(read[0]).flatten()[:, None, None].expand(-1, *read[0].shape)
     return read, write, entries if isinstance(read, torch.Tensor) else [*entries]
 
@@ -183,13 +188,14 @@ def standard_error(numbers):
 def loss_changes(model, means, batches):
     """-> the loss, and for each sublayer its `loss_change` as in `analysis`.
 
-    means: one matrix (n, n) for each sublayer; M is replaced by it, and by I. With one stream there
-    is no M to replace, and the change is 0. Says on stderr how long it will take.
+    means: one matrix (n, n) for each sublayer; M is replaced by it, and by I. In the plain residual
+    model M is 1, and the change is 0. Says on stderr how long it will take.
     """
-    connections = [module for module in model.modules() if isinstance(module, HyperConnection)]
+    kinds = (HyperConnection, ScaledResidual)
+    connections = [module for module in model.modules() if isinstance(module, kinds)]
     begin = time.time()
     usual = sequence_losses(model, batches)
-    if not connections:  # one stream: M is 1
+    if not connections:  # the plain residual model
         return usual.mean().item(), [{"identity": [0.0, 0.0], "mean": [0.0, 0.0]} for _ in means]
     seconds = (time.time() - begin) * 2 * len(connections)
     print(

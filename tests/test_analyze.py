@@ -149,6 +149,26 @@ def test_a_replaced_matrix_is_the_one_that_mixes():
     torch.testing.assert_close(replaced, own, rtol=0, atol=1e-5)
 
 
+def test_a_replaced_factor_of_a_plain_stream_is_the_one_that_scales():
+    """Of s x + F(x) M is s: in place of s 1 gives the loss of the plain residual model."""
+    batches = small_batches()
+    model = small_model("residual", mix_scale="sublayer")
+    means = [M.double() for M in model.mixing_matrices(batches[0][0])]
+    before = sequence_losses(model, batches)
+    with replaced_mix(model.blocks[1].hc_attn, torch.eye(1)):
+        replaced = sequence_losses(model, batches)
+    _, changes = loss_changes(model, means, batches)
+    assert changes[2]["identity"][0] == pytest.approx((replaced - before).mean().item())
+    assert abs(changes[2]["mean"][0]) > 1e-5
+
+    with torch.no_grad():
+        model.blocks[1].hc_attn.alpha.zero_()
+        model.blocks[1].hc_attn.bias.zero_()  # exp(0) = 1
+    own = sequence_losses(model, batches)
+    assert (own - before).abs().max() > 1e-3
+    torch.testing.assert_close(replaced, own, rtol=0, atol=1e-5)
+
+
 def test_sequence_losses_are_the_models_loss():
     model = small_model("tbp")
     (idx, targets), *_ = small_batches()
