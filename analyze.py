@@ -40,13 +40,13 @@ from trained import find_checkpoint
 
 # One run
 out_dir = "out"  # of the run
-checkpoint = "latest"  # latest, best, or a path
+checkpoint = "latest"  # latest, best, or a path (the module of this name is `checkpoints` here)
 tokens = 8192  # validation tokens on which streams and matrices are observed
 loss_tokens = 8192  # validation tokens for the losses with one M replaced; 0: no such losses
 # Many runs
 runs = ""  # folders of runs, with commas between, * for any name; or a study's results
 figure = "all"  # loss, training, study, gain, or all
-references = "residual,identity"  # the arms with which the others are compared
+references = "residual,identity"  # arms to compare with; loss.png takes the first that is there
 # Both
 out = ""  # folder for what is written; empty: the run's, or the one that holds the runs
 data_dir = ""  # where the data sets are; empty: where the run found them
@@ -118,8 +118,10 @@ def analysis(path, device):
     composite_gain: mixers.composite_gain of the mean matrices.
     loss, loss_tokens: validation loss in nats a token, and on how many tokens; None and 0 with
         --loss_tokens=0.
-    sublayers: a list in order of depth, of dicts. M is the mean over the tokens unless said:
-      name            its layer and branch, "3 mlp"
+    sublayers: a list in order of depth, of dicts. M is the mean over the tokens unless the line
+    says otherwise. Where reads are taken ahead (sees is not "streams"), read and dominant_stream of
+    a sublayer are what the next one reads, or the head:
+      name            its layer and branch, "3 mlp", or "3 block" with wraps=block
       mix, read, write          means (n, n), (n,), (n,)
       mix_spread, read_spread, write_spread   standard deviations over tokens, entry by entry
       spread          root mean square, over tokens, of the Frobenius norm of M - mean M

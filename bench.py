@@ -13,7 +13,8 @@ take turns, a few steps each. A ratio is the median over the rounds of (residual
 mixer's seconds) in the same round: above 1 the mixer is faster than the residual model. `fastest`
 is the ratio of both models' fastest rounds, which other processes disturb least. `plain` is a GPT-2
 without any notion of streams, dev/plain_gpt2.py. `bound` is the ratio that floating-point
-operations alone would give, and `of bound` what share of it was reached.
+operations alone would give, and `of bound` what share of it was reached. `min` and `max` are the
+ratio's lowest and highest round, and `of one` the parameters of one connection.
 
 Config files are train.py's. Knobs that a benchmark has no use for, such as out_dir, are left out,
 and `mixers` says which mixers run. `out` gets every row as soon as it is measured.
@@ -26,8 +27,8 @@ peak_memory_bytes   parameters, optimizer state, gradients and activations at th
                     later step
 kernels_forward     launches of kernels that Inductor generated (not matmuls, not attention) in the
 kernels_backward    compiled graphs, in which a block and the head stand once at any depth
-recompiles          graphs compiled after the first step: none, or one for tbp beyond 4 streams
-                    (charts.row_step)
+recompiles          graphs compiled after the first step: none, or a few for rtbp beyond 4 streams
+                    (stacked_charts.kernel_of)
 stream_gb_s         CUDA: bytes per second of the generated kernels that touch a tensor as large as
                     all streams (dev/costs.py); copy_gb_s is a copy's in the same process
 """
@@ -59,7 +60,7 @@ mixers = "all"  # names of mixers.MIXERS with commas between, or all; plain and 
 compile = True  # blocks and head through torch.compile, in place, as train.py does
 rounds = 20  # turns of every model; 0: no timing of steps
 steps = 2  # steps in a turn
-clock = "wall"  # of the steps; processor: CPU seconds, for a machine where other programs run
+clock = "wall"  # how steps are timed; processor: CPU seconds, where other programs run as well
 warmup = 3  # steps of each model before the first round
 fresh = True  # compile time, memory and kernels, each row in fresh processes
 out = "bench.json"  # the rows, the knobs, the machine, and what made them
@@ -77,9 +78,9 @@ n_streams = 4  # parallel residual streams
 sweep_streams = ""  # instead of that number several, such as 2,4,8: rows for each
 dynamic = True  # coefficients depend on the token; False: learned constants of the layer
 gates = "auto"  # reads and writes: bounded (sigmoids), exp (writes), free, or auto (free for hc)
-sees = "streams"  # what coefficients depend on: all streams, or only the branch's input
-wraps = "sublayer"  # a hyper-connection around each sublayer, or each whole block
-mix_scale = "none"  # a learned factor of M, 1 at the start: none, one a sublayer, one a stream
+sees = "streams"  # what coefficients see: streams; or input, mean, shares, or some joined by +
+wraps = "sublayer"  # what a hyper-connection goes around: sublayer, or block (both sublayers)
+mix_scale = "none"  # learned factors of M: none; sublayer, one in all; stream, one for each row
 stream_start = "equal"  # streams start as equal copies, or learned: plus a vector a stream
 readout = "mean"  # what the head reads: the mean of the streams, or a learned sum
 # System
@@ -125,6 +126,7 @@ COLUMNS = {
     "stream GB/s": "stream_gb_s",
     "copy GB/s": "copy_gb_s",
 }
+# Columns that are left out where all rows have the same value
 ONLY_IF_SEVERAL = ("budget", "deterministic", "breaks", "recompiles")
 
 
@@ -275,7 +277,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
         shape = (2, batch_size, block_size)  # idx and targets
         self.batch = torch.randint(vocab_size, shape, device=self.device)
-        if compile:  # without a trial, as in train.py: the first compilation is measured
+        if compile:  # without train.py's trial, since the first compilation is measured
             self.model.compile_regions(activation_memory_budget=case.activation_memory_budget)
 
     def loss(self):
@@ -304,7 +306,9 @@ class Trainer:
 
 
 def probe(case, cache):
-    """Runs in a process that has compiled nothing yet, with `cache` for the compiler's."""
+    """What one case costs, measured in a process that has compiled nothing yet.
+
+    cache: the folder of this process's compiler cache."""
     costs.use_cache(cache)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells when it starts
     trainer, launches, found = Trainer(case), [], {}

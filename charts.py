@@ -129,17 +129,20 @@ def transport(choose, rows, cols, r, c):
     top, bottom, left, right = rows[:h], rows[h:], cols[:h], cols[h:]
     R1, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
     m11 = choose((R1 - C2).relu(), torch.minimum(R1, C1), top, left)
-    # Row sums of the left blocks: a (top), g (bottom). Column sums of the top: u (left), s (right).
-    a = spread(choose, m11, r[:h], top, left, by_rows=True)
-    g = spread(choose, C1 - m11, r[h:], bottom, left, by_rows=True)
-    u = spread(choose, m11, c[:h], top, left, by_rows=False)
-    s = spread(choose, R1 - m11, c[h:], top, right, by_rows=False)
+    # Row sums of the two left blocks, then column sums of the two top ones. Each spread takes the
+    # next logits.
+    r_tl = spread(choose, m11, r[:h], top, left, by_rows=True)
+    r_bl = spread(choose, C1 - m11, r[h:], bottom, left, by_rows=True)
+    c_tl = spread(choose, m11, c[:h], top, left, by_rows=False)
+    c_tr = spread(choose, R1 - m11, c[h:], top, right, by_rows=False)
 
-    b, d = remaining(r[:h], a), remaining(r[h:], g)  # what a and g leave for the right blocks
-    v, w = remaining(c[:h], u), remaining(c[h:], s)  # what u and s leave for the bottom blocks
-    top_left, top_right = transport(choose, top, left, a, u), transport(choose, top, right, b, s)
-    bottom_left = transport(choose, bottom, left, g, v)
-    bottom_right = transport(choose, bottom, right, d, w)
+    # What they leave for the other blocks of the same rows or columns.
+    r_tr, r_br = remaining(r[:h], r_tl), remaining(r[h:], r_bl)
+    c_bl, c_br = remaining(c[:h], c_tl), remaining(c[h:], c_tr)
+    top_left = transport(choose, top, left, r_tl, c_tl)
+    top_right = transport(choose, top, right, r_tr, c_tr)
+    bottom_left = transport(choose, bottom, left, r_bl, c_bl)
+    bottom_right = transport(choose, bottom, right, r_br, c_br)
     upper = [x + y for x, y in zip(top_left, top_right)]
     lower = [x + y for x, y in zip(bottom_left, bottom_right)]
     return upper + lower

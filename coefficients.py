@@ -23,7 +23,9 @@ class Coefficients(nn.Module):
 
     sizes        how many logits each part has, such as (read, write, mix); each has its own alpha
     squashed     for each part, whether f is tanh; otherwise f is the identity
+    n_streams    more than FEW_STREAMS: logits and coefficients are stacked, see below
     n_seen       how many numbers of a token phi multiplies
+    dynamic      whether coefficients depend on the token
     seen         the fields of Streams that hold these numbers
     alpha_start  where each alpha starts
 
@@ -35,7 +37,7 @@ class Coefficients(nn.Module):
     list.
     """
 
-    def __init__(self, sizes, squashed, n_streams, n_seen, dynamic, alpha_start, seen=("x",)):
+    def __init__(self, *, sizes, squashed, n_streams, n_seen, dynamic, alpha_start, seen=("x",)):
         super().__init__()
         self.sizes, self.squashed, self.seen = sizes, squashed, seen
         self.dynamic, self.alpha_start = dynamic, alpha_start

@@ -4,8 +4,9 @@ What paired runs say: from the metrics of a run to a table with its uncertainty.
 A result is a dict, one for each run, as study.py keeps it in results/: what `measure` returns; the
 run's arm, axes (the value of each swept knob that the arm does not set itself) and seed; and its
 command, provenance and knobs. Two arms are compared seed by seed, over the seeds that both
-finished. The columns of the table are means over seeds:
+finished. The columns of the table, of which losses and differences are means over seeds:
 
+runs            how many there are, those that diverged included
 loss            validation loss at the last step
 - residual      the loss minus residual's (or that of another reference), with the 95 % interval of
                 the difference (Student's t). Where the interval holds 0, "within" is the largest
@@ -15,7 +16,9 @@ equal time      the same difference, with the arm's loss at the time when residu
                 bound: a run planned to end at that time would have lowered its learning rate
 speed-up        how many times sooner than residual the arm reached a loss that both reached: the
                 higher one of their last losses
+ms a step       the median of the runs' step times
 gain            the largest composite gain at an evaluation of any run, of those that are finite
+diverged        how many runs did
 
 A time is a number of steps times the median step time; losses between evaluations are interpolated.
 
@@ -178,6 +181,10 @@ class Point(NamedTuple):
         """The runs with a last loss, by seed."""
         return {seed: run for seed, run in self.runs.items() if not run["diverged"]}
 
+    def diverged(self):
+        """How many runs diverged."""
+        return len(self.runs) - len(self.finished())
+
     def mean(self, key):
         """The mean of a figure over the finished runs, or None."""
         figures = [run[key] for run in self.finished().values()]
@@ -236,8 +243,8 @@ def worst_rate(group):
 def badness(point, seeds):
     """Lower is better: first fewer runs that diverged, then a lower loss."""
     point = point._replace(runs={seed: point.runs[seed] for seed in seeds})
-    diverged, loss = len(point.runs) - len(point.finished()), point.mean("final_loss")
-    return diverged, math.inf if loss is None else loss
+    loss = point.mean("final_loss")
+    return point.diverged(), math.inf if loss is None else loss
 
 
 def at_edge(point, points):
@@ -287,21 +294,22 @@ def compare(point, reference):
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return Comparison(interval([]), interval([]), None)
-    slower = point.ms() / reference.ms()
+    time_ratio = point.ms() / reference.ms()  # of a step: above 1 the point is slower
     at_end, at_equal_time = [], []  # differences
     for seed in seeds:
         their_loss = theirs[seed]["final_loss"]
         at_end.append(ours[seed]["final_loss"] - their_loss)
         steps, losses = zip(*curve(ours[seed]))
-        our_step = theirs[seed]["steps"] / slower  # when the reference ended
-        at_equal_time.append(float(np.interp(our_step, steps, losses)) - their_loss)
+        when_they_ended = theirs[seed]["steps"] / time_ratio  # in our steps
+        at_equal_time.append(float(np.interp(when_they_ended, steps, losses)) - their_loss)
 
     our_curve = mean_curve([ours[seed] for seed in seeds])
     their_curve = mean_curve([theirs[seed] for seed in seeds])
     both_reach = max(our_curve[-1][1], their_curve[-1][1])
     our_step = step_at_loss(our_curve, both_reach)
     their_step = step_at_loss(their_curve, both_reach)
-    speed_up = their_step / (our_step * slower) if our_step else None
+    # None where we began with that loss
+    speed_up = their_step / (our_step * time_ratio) if our_step else None
     return Comparison(interval(at_end), interval(at_equal_time), speed_up)
 
 
@@ -314,14 +322,13 @@ def table_csv(results, references):
     chosen = best_rates(points)
     rows = []
     for point in points:
-        finished = point.finished()
-        losses = [run["final_loss"] for run in finished.values()]
+        losses = [run["final_loss"] for run in point.finished().values()]
         row = {
             "arm": point.arm,
             **point.axes,
             "best": point in chosen,
             "runs": len(point.runs),
-            "diverged": len(point.runs) - len(finished),
+            "diverged": point.diverged(),
             "loss": point.mean("final_loss"),
             "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
             "best_loss": point.mean("best_loss"),
@@ -372,9 +379,8 @@ def table_markdown(results, references):
             cells += [difference_text(equal_time), number(speed_up, ".2f")]
         else:
             cells += ["" for _ in timed]
-        diverged = len(point.runs) - len(point.finished())
         cells += [number(point.ms(), ".0f"), number(point.largest("gain"), ".4g")]
-        cells.append(str(diverged or ""))
+        cells.append(str(point.diverged() or ""))
         lines.append(cells)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 

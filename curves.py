@@ -17,11 +17,13 @@ import comparison
 from runtime import RunError
 
 # Knobs that the name of an arm leaves out: the mixer, since the name begins with it, and those that
-# say where a run's files are, how fast it is and how often it reports, but not what it computes.
+# say where a run's files are, how fast it is, how often and where it reports, but not what it
+# computes.
 NOT_NAMED = {
     *("mixer", "seed", "provenance", "out_dir", "data_dir", "init_from"),
     *("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints"),
     *("batch_size", "device", "compile", "activation_memory_budget", "peak_flops"),
+    *("eval_only", "tensorboard", "wandb_project", "hang_minutes"),
 }
 
 
@@ -143,7 +145,7 @@ def points_of(results):
         if point not in chosen:
             rate = point.axes[comparison.RATE]
             print(f"{label(point)} at learning rate {rate} is left out: another rate did better")
-        elif note := diverged(point):
+        elif note := diverged_text(point):
             print(f"{label(point)}: {note}; its curves are of the others, if there are any")
     return chosen
 
@@ -162,9 +164,9 @@ def knobs_of(point):
     return next(iter(point.runs.values()))["knobs"]
 
 
-def diverged(point):
+def diverged_text(point):
     """How many of its runs diverged, in words; empty if none did."""
-    lost = len(point.runs) - len(point.finished())
+    lost = point.diverged()
     return f"{lost} of {len(point.runs)} diverged" if lost else ""
 
 
@@ -184,15 +186,15 @@ def make_curve(point, by_seed, scale=1):
     if not steps:
         return None
     numbers = [[seed[step] for seed in by_seed.values()] for step in steps]
-    return Curve(
-        label=label(point),
-        mixer=knobs_of(point)["mixer"],
-        seeds=len(by_seed),
-        x=[step * scale for step in steps],
-        mean=[statistics.fmean(seeds) for seeds in numbers],
-        low=[min(seeds) for seeds in numbers],
-        high=[max(seeds) for seeds in numbers],
-    )
+    x = [step * scale for step in steps]
+    return band(label(point), knobs_of(point)["mixer"], x, numbers)
+
+
+def band(label, mixer, x, numbers):
+    """numbers: for each x, those of all seeds. -> a Curve."""
+    mean = [statistics.fmean(seeds) for seeds in numbers]
+    low, high = [min(seeds) for seeds in numbers], [max(seeds) for seeds in numbers]
+    return Curve(label, mixer, len(numbers[0]), x, mean, low, high)
 
 
 def by_tokens(points, key):
@@ -248,17 +250,8 @@ def by_depth(kept):
         for arm, runs in arms.items():
             by_run = [[as_number(gain) for gain in run[key]] for run in runs]
             by_sublayer = list(zip(*by_run))  # the gains of all seeds
-            curves.append(
-                Curve(
-                    label=arm,
-                    mixer=runs[0]["mixer"],
-                    seeds=len(runs),
-                    x=list(range(len(by_sublayer))),
-                    mean=[statistics.fmean(gains) for gains in by_sublayer],
-                    low=[min(gains) for gains in by_sublayer],
-                    high=[max(gains) for gains in by_sublayer],
-                )
-            )
+            sublayers = list(range(len(by_sublayer)))
+            curves.append(band(arm, runs[0]["mixer"], sublayers, by_sublayer))
         directions.append(curves)
     return directions
 
@@ -271,7 +264,7 @@ def as_number(value):
 def arms_in_order(points):
     """Points -> [(label, mixer, note)], the lowest mean loss first. note: how many diverged."""
     return [
-        (label(point), knobs_of(point)["mixer"], diverged(point))
+        (label(point), knobs_of(point)["mixer"], diverged_text(point))
         for point in sorted(points, key=mean_loss)
     ]
 

@@ -43,8 +43,10 @@ TYPES = {  # of the names in a study's file
     "references": list,
 }
 DEFAULTS = {"knobs": {}, "sweep": {}, "references": ["residual", "identity"]}
-IGNORED = ("out_dir", "init_from", "data_dir")  # where files are; and auto in place of scratch
-OF_THE_CELL = ("seed", "out_dir", "init_from")  # knobs that are the cell's own, and no study's
+# Knobs in which a run may differ from its cell: where files are, and init_from, which is auto
+IGNORED = ("out_dir", "init_from", "data_dir")
+# Knobs that each cell sets itself; a study that sets one is refused
+OF_THE_CELL = ("seed", "out_dir", "init_from")
 
 
 class Study(NamedTuple):
@@ -94,7 +96,10 @@ def read_study(path):
         )
     for name, kind in TYPES.items():
         if not isinstance(given[name], kind):
-            raise RunError(f"{path}: {name} is a {type(given[name]).__name__}; see grid.py")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(one.__name__ for one in kinds)
+            found = type(given[name]).__name__
+            raise RunError(f"{path}: {name} is of the type {found}; write it as {wanted}")
     if isinstance(given["seeds"], int):
         given["seeds"] = list(range(1, given["seeds"] + 1))
     return Study(Path(path).stem, f"python study.py {path}", **given)
@@ -158,7 +163,7 @@ def knobs_of(*arguments):
 
 
 def min_lr_at(study, learning_rate):
-    """The min_lr for a swept learning_rate: their ratio is that of the study's own two."""
+    """The min_lr for a swept learning_rate, in the ratio that the study's files and knobs have."""
     own = knobs_of(*arguments(study, study.knobs))
     return float(f"{own['min_lr'] / own['learning_rate'] * learning_rate:.6g}")
 

@@ -449,5 +449,5 @@ MIXERS["rtbp"] = Mixer(
 )
 
 
-# Every option of every mixer, for the scripts' knobs.
+# Every option of every mixer, for the scripts' knobs. It stays last: it would miss what is below.
 OPTIONS = {name: option for mixer in MIXERS.values() for name, option in mixer.options.items()}

@@ -37,7 +37,8 @@ from streams import (
     start_streams,
 )
 
-# Fields of GPTConfig that mean nothing for one stream.
+# Fields of GPTConfig that must stay at their defaults with one stream. mix_start and read_start
+# have no effect there either, and are not refused: config files set them for every mixer.
 OF_STREAMS = ("gates", "sees", "wraps", "stream_start", "readout")
 
 
@@ -55,11 +56,12 @@ class GPTConfig:
     n_streams: int = 4  # n; 1 for the residual mixer
     dynamic: bool = True  # coefficients depend on the token; False: parameters of the layer
     gates: str = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
-    sees: str = "streams"  # what a, w and M depend on; input, mean, shares, or several with +
-    wraps: str = "sublayer"  # a hyper-connection around each sublayer, or each whole block
-    mix_scale: str = "none"  # a learned factor of M: none, one a sublayer, one a stream
+    # Values of sees other than "streams" need readout = "learned".
+    sees: str = "streams"  # what a, w and M see: streams; or input, mean, shares, or some with +
+    wraps: str = "sublayer"  # a hyper-connection is around: sublayer, or block (both sublayers)
+    mix_scale: str = "none"  # learned factors of M: none, sublayer (one), stream (one a row)
     mix_start: float = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T, if the mixer has it
-    alpha_start: float = 0.01  # of the alphas, so small that the token counts for little at first
+    alpha_start: float = 0.01  # factor, at the start, of what a token adds to the logits
     read_start: float = 0.7  # weight of the stream that a sublayer reads most, at the start
     embed_scale: float = 1.0  # a factor of the embedding on its way into the streams
     stream_start: str = "equal"  # equal copies, or learned: plus a vector a stream, 0 at the start
@@ -192,7 +194,7 @@ class Block(nn.Module):
         if self.x0_scalars is None:
             return streams
         r, s = self.x0_scalars.unbind(0)
-        return Streams((r * streams.x + s * x0).to(x0.dtype), streams.mean_square)
+        return Streams((r * streams.x + s * x0).to(x0.dtype), None)  # one stream: no mean square
 
     def forward(self, streams, x0, cache=None):
         """streams, and x0 (B, T, n, C), the streams at the start of the model -> streams."""
@@ -268,7 +270,7 @@ class Observed(NamedTuple):
 
     name: str  # "blocks.3.hc_mlp"
     x: torch.Tensor  # (B, T, n, C), the streams before it
-    read: torch.Tensor  # (B, T, n)
+    read: torch.Tensor  # (B, T, n); the next sublayer's where reads are taken ahead
     write: torch.Tensor  # (B, T, n)
     mix: torch.Tensor  # (B, T, n, n)
 
@@ -423,8 +425,8 @@ class GPT(nn.Module):
 
         6 for each weight of a matrix product, phi's among them (PaLM, appendix B), and 12 L C T for
         attention. A forward through a hyper-connection costs 2nC for the read, 2nC for the write,
-        and 2 n^2 C for the mix unless M = I; through a learned read-out, 2nC. Forward and backward
-        cost three times that.
+        and 2 n^2 C for the mix unless M = I; through a learned read-out or a scaled residual, 2nC.
+        Forward and backward cost three times that.
         """
         c, n = self.config, self.config.n_streams
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))

@@ -2,9 +2,9 @@
 The passes over the residual streams, as autograd.Functions.
 
 All code here is plain PyTorch, forward and backward, so torch.compile generates every kernel. The
-backwards are written by hand: autograd's own would keep float32 copies of the streams. With them, a
-layer on an H100's graph moved 2.62 times the bytes of the residual model's; now it moves 1.91 times
-(LOG.md). streams.py puts the passes together.
+backwards are written by hand: autograd's own would keep float32 copies of the streams. With
+autograd's, a layer on an H100's graph moved 2.62 times the bytes of the residual model's; with ours
+it moves 1.91 times (LOG.md). streams.py puts the passes together.
 
 Throughout, x (B, T, n, C) are the streams. A *plane* (B, T) is one coefficient of all tokens, in
 float32; where coefficients do not depend on the token, a plane is (1, 1). This file is for few
@@ -28,20 +28,20 @@ def mean_square(*xs):
 class Project(torch.autograd.Function):
     """y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T), both in float32.
 
-    mean_square (B, T) of x, phi (K, N) for N numbers of a token, then x: one tensor (B, T, ...), or
-    several that hold the N numbers one after the other. The caller needs phi @ RMSNorm(x), which is
-    y * r: the norm is applied after the product, and the mean square comes from the pass that wrote
-    x, so x is read once. In the backward x gets the gradient that goes through r too, and
-    mean_square gets none.
+    The mean square (B, T) of x, phi (K, N) for N numbers of a token, then x: one tensor, (B, T) and
+    more dimensions, or several that hold the N numbers one after the other. The caller needs
+    phi @ RMSNorm(x), which is y * r: the norm is applied after the product, and the mean square
+    comes from the pass that wrote x, so x is read once. In the backward x gets the gradient that
+    goes through r too, and the mean square gets none.
     """
 
     @staticmethod
     def forward(ctx, *args):
-        mean_square, phi, *xs = args
+        square, phi, *xs = args
         columns = columns_for(xs, phi.to(xs[0].dtype))
         products = [matmul_float32(c, flat_tokens(x).t()) for x, c in zip(xs, columns)]
-        y = add_up(products).unflatten(1, mean_square.shape)
-        r = torch.rsqrt(mean_square + 1e-6)
+        y = add_up(products).unflatten(1, square.shape)
+        r = torch.rsqrt(square + 1e-6)
         ctx.save_for_backward(phi, r, *xs)
         return y, r
 
@@ -201,37 +201,42 @@ class Write(torch.autograd.Function):
         mixed, v, w, dtype = args[:4]
         ctx.save_for_backward(v, w)
         new = mixed + w[..., None] * v[..., None, :]  # float32
-        mean_square = new.square().mean((-2, -1))
-        ctx.mark_non_differentiable(mean_square)
-        return cast(new, dtype), mean_square
+        square = new.square().mean((-2, -1))
+        ctx.mark_non_differentiable(square)
+        return cast(new, dtype), square
 
     @staticmethod
     def backward(ctx, grad, _):
         v, w = ctx.saved_tensors
         grad_planes = [(at_least_float32(g) * v).sum(-1) for g in grad.unbind(-2)]
-        # A loop over the streams (unroll_reductions_threshold), in the kernel that wrote grad.
+        # Inductor keeps this sum a loop over the streams (unroll_reductions_threshold), and joins
+        # it with the kernel that wrote grad.
         grad_v = (w[..., None] * grad).sum(-2).to(v.dtype)
         return grad, grad_v, None, None, *sum_to_shape(w.shape[:-1], grad_planes)
 
 
-def mean_read(n, C, **kind):
-    return torch.full((n, 1), 1 / n, **kind)
+# Vectors s_c = sum_i f_ic x_ic that coefficients may see, beside the branch's input. The two
+# functions return f, (n, 1) or (n, C).
 
 
-def shares_read(n, C, **kind):
-    stream = torch.arange(n, device=kind["device"])[:, None]
-    return (torch.arange(C, device=kind["device"]) % n == stream).to(kind["dtype"])
+def mean_read(n, C, dtype, device):
+    """Every stream counts 1/n."""
+    return torch.full((n, 1), 1 / n, dtype=dtype, device=device)
 
 
-# Vectors s_c = sum_i B_ic x_ic which coefficients may see, beside the branch's input: the functions
-# return B, (n, 1) or (n, C). "shares" has channel c of stream c % n: an n-th of each stream.
+def shares_read(n, C, dtype, device):
+    """Channel c comes from stream c % n: an n-th of each stream."""
+    stream = torch.arange(n, device=device)[:, None]
+    return (torch.arange(C, device=device) % n == stream).to(dtype)
+
+
 FIXED_READS = {"mean": mean_read, "shares": shares_read}
 
 
 def fixed_weights(name, xs):
-    """The weights B_i (1,) or (C,) of each stream of xs, a list of (B, T, C) in float32."""
-    kind = {"dtype": xs[0].dtype, "device": xs[0].device}
-    return FIXED_READS[name](len(xs), xs[0].shape[-1], **kind).unbind(0)
+    """The weights f_i (1,) or (C,) of each stream of xs, a list of (B, T, C) in float32."""
+    x = xs[0]
+    return FIXED_READS[name](len(xs), x.shape[-1], x.dtype, x.device).unbind(0)
 
 
 def mean_of_squares(vectors):
@@ -280,10 +285,10 @@ class MixWriteReadAhead(torch.autograd.Function):
             new.append(mixed + w[..., i, None] * v)
         u = sum(a[..., i, None] * x_i for i, x_i in enumerate(new))
         fixed = [fixed_read(name, new) for name in ctx.fixed]
-        mean_square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
-        ctx.mark_non_differentiable(mean_square)
+        square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
+        ctx.mark_non_differentiable(square)
         new = torch.stack([cast(x_i, x.dtype) for x_i in new], -2)
-        return new, cast(u, x.dtype), mean_square, *[cast(s, x.dtype) for s in fixed]
+        return new, cast(u, x.dtype), square, *[cast(s, x.dtype) for s in fixed]
 
     @staticmethod
     def backward(ctx, grad, grad_u, _, *grad_fixed):

@@ -28,9 +28,10 @@ def permutation(planes, n):
 
 
 def permutation_inverse(M, n):
-    """By Birkhoff's theorem M is a mixture of permutations. Taken from M one after the other: as
-    much of the uniform matrix as M holds, then, until nothing is left, the permutation of which the
-    rest of M holds most.
+    """By Birkhoff's theorem M is a mixture of permutations.
+
+    First the uniform matrix is taken out of M, as often as M holds it. Then, until nothing is left,
+    the permutation of which the rest holds most.
     """
     permutations = torch.tensor(list(itertools.permutations(range(n))))  # (n!, n)
     line = torch.arange(n)

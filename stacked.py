@@ -102,9 +102,9 @@ class MixWriteStacked(torch.autograd.Function):
     def forward(ctx, x, v, w, M):
         ctx.save_for_backward(x, v, w, M)
         new = mix_and_write(x, v, w, M)
-        mean_square = new.square().mean((-2, -1))
-        ctx.mark_non_differentiable(mean_square)
-        return cast(new, x.dtype), mean_square
+        square = new.square().mean((-2, -1))
+        ctx.mark_non_differentiable(square)
+        return cast(new, x.dtype), square
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -127,16 +127,16 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
         new = mix_and_write(x, v, w, M)
         u = (a[..., None] * new).sum(-2)
         fixed = [fixed_read(name, new.unbind(-2)) for name in ctx.fixed]
-        mean_square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
-        ctx.mark_non_differentiable(mean_square)
-        return cast(new, x.dtype), cast(u, x.dtype), mean_square, *[cast(s, x.dtype) for s in fixed]
+        square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
+        ctx.mark_non_differentiable(square)
+        return cast(new, x.dtype), cast(u, x.dtype), square, *[cast(s, x.dtype) for s in fixed]
 
     @staticmethod
     def backward(ctx, grad, grad_u, _, *grad_fixed):
         x, v, a, w, M = ctx.saved_tensors
         v32, grad_u = at_least_float32(v), at_least_float32(grad_u)
         for name, grad_s in zip(ctx.fixed, grad_fixed):
-            weights = FIXED_READS[name](*x.shape[-2:], dtype=v32.dtype, device=x.device)
+            weights = FIXED_READS[name](*x.shape[-2:], v32.dtype, x.device)
             grad = grad + weights * at_least_float32(grad_s)[..., None, :]  # float32
 
         u_v = (grad_u * v32).sum(-1, keepdim=True)

@@ -65,7 +65,7 @@ def tbp_stacked(logits, n):
 
 
 @torch.library.custom_op("charts::tbp_by_rows", mutates_args=())
-@torch.no_grad()  # or the compiler would make a backward of each row too
+@torch.no_grad()  # otherwise the compiler would make a backward of each row too
 def tbp_by_rows(logits: torch.Tensor, n: int, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ((n-1)^2, N) -> M (n, n, N), and for the backward what is left of the columns before
     each row but the last, (n-1, n, N).
@@ -97,7 +97,7 @@ def row_forward(logits, c):
     """The logits of a row (n-1, N), and c (n, N), what is left of the columns -> the row's entries,
     and what is left of the columns after it, both (n, N)."""
     choose = Choose(logits.unbind(0))
-    entries, rest = tbp_row(choose, 0, c.unbind(0))  # which row it is matters to Recall alone
+    entries, rest = tbp_row(choose, 0, c.unbind(0))  # 0 stands for any row: only Recall uses it
     return torch.stack(entries), torch.stack(rest)
 
 
@@ -166,7 +166,7 @@ def transport_stacked(logits, r, c, compiled):
     """`transport`, from logits ((n-1)^2, N) in the chart's order and the sums r and c (n, N) of
     rows and columns -> M (n, n, N)."""
     n = len(r)
-    own, inner = logits[: 2 * n - 3], logits[2 * n - 3 :]
+    own, inner = own_and_inner(logits, n)
     if n == 2:
         return step(smallest, compiled, own, r, c)
     if n % 2:
@@ -180,7 +180,7 @@ def transport_stacked(logits, r, c, compiled):
 def transport_backward(logits, r, c, grad, compiled):
     """The gradient of `transport_stacked`: that of M (n, n, N) -> those of logits, r and c."""
     n = len(r)
-    own, inner = logits[: 2 * n - 3], logits[2 * n - 3 :]
+    own, inner = own_and_inner(logits, n)
     if n == 2:
         return step(smallest_backward, compiled, own, r, c, grad)
     if n % 2:
@@ -201,6 +201,14 @@ def transport_backward(logits, r, c, grad, compiled):
     return torch.cat([grad_own, grad_inner]), grad_r, grad_c
 
 
+def own_and_inner(logits, n):
+    """The logits of a block of size n -> those of its own cut, and those of the blocks inside.
+
+    Odd n: 1 for the corner, and n - 2 for each of two spreads. Even n: 1 for the mass of the top
+    left block, and n/2 - 1 for each of four spreads. Both make 2n - 3."""
+    return logits[: 2 * n - 3], logits[2 * n - 3 :]
+
+
 def smallest(logits, r, c):
     """Logits (1, N), r and c (2, N) -> M (2, 2, N)."""
     M = transport(Choose(logits.unbind(0)), range(2), range(2), r.unbind(0), c.unbind(0))
@@ -217,20 +225,21 @@ def peel(logits, r, c):
 
 
 def quarter(logits, r, c):
-    """Cuts a block of even size n into four, the top left, top right, bottom left and bottom right
-    one: its own logits (2n-3, N), r and c (n, N) -> r and c of the four, (n/2, 4 N) each."""
+    """Cuts a block of even size n into four, in the order top left, top right, bottom left, bottom
+    right: its own logits (2n-3, N), r and c (n, N) -> r and c of the four, (n/2, 4 N) each."""
     h = len(r) // 2
     R1, C1, C2 = sum(r[:h]), sum(c[:h]), sum(c[h:])
     m11 = point((R1 - C2).relu(), torch.minimum(R1, C1), logits[0])
-    # The four spreads a, g, u, s of `transport`, side by side.
+    # The four spreads of `transport`, side by side.
     mass = torch.cat([m11, C1 - m11, m11, R1 - m11])
     capacity = torch.cat([r[:h], r[h:], c[:h], c[h:]], 1)
     choose = Choose(side_by_side(logits[1:]).unbind(0))
-    # Which rows and columns they are matters to Recall alone.
+    # range(h) and range(1) are stand-ins: only Recall uses them.
     taken = torch.stack(spread(choose, mass, capacity.unbind(0), range(h), range(1), by_rows=True))
     rest = (capacity - taken).relu()  # for the other blocks of the same rows or columns
-    (a, g, u, s), (b, d, v, w) = taken.chunk(4, 1), rest.chunk(4, 1)
-    return torch.cat([a, b, g, d], 1), torch.cat([u, s, v, w], 1)
+    r_tl, r_bl, c_tl, c_tr = taken.chunk(4, 1)
+    r_tr, r_br, c_bl, c_br = rest.chunk(4, 1)
+    return torch.cat([r_tl, r_tr, r_bl, r_br], 1), torch.cat([c_tl, c_tr, c_bl, c_br], 1)
 
 
 # The gradients of these three, by autograd.

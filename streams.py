@@ -126,7 +126,14 @@ class ScaledResidual(Coefficients):
     """
 
     def __init__(self, n_embd, *, dynamic=True, alpha_start=0.01):
-        super().__init__((1,), (False,), 1, n_embd, dynamic, alpha_start)
+        super().__init__(
+            sizes=(1,),
+            squashed=(False,),
+            n_streams=1,
+            n_seen=n_embd,
+            dynamic=dynamic,
+            alpha_start=alpha_start,
+        )
         self.reset_parameters()
 
     def start_bias(self):
@@ -166,9 +173,10 @@ class HyperConnection(Coefficients):
     tanh(z_mix). At the start phi is 0, a sums to 1, w is 1 and M's rows sum to 1: on equal streams
     the module is x + F(x), to rounding.
 
-    sublayer    its index in the model. Stream sublayer % n is read most, with weight `read_start`:
-                different sublayers read different streams, which drives equal streams apart. Where
-                reads are taken ahead, the next sublayer reads, so its index counts.
+    sublayer    its index among the model's hyper-connections. Stream sublayer % n is read most,
+                with weight `read_start`: different sublayers read different streams, which drives
+                equal streams apart. Where reads are taken ahead, the next sublayer reads, so its
+                index counts.
     alpha_start the three alphas at the start: how much the token counts at first
     mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T
     gates       "bounded", as above; "exp": w = exp(logit), without an upper bound; "free": a and w
@@ -181,8 +189,8 @@ class HyperConnection(Coefficients):
                 several of the three, as in "input+mean". phi then has C columns for each, and the
                 module also computes what the next branch reads, u' = sum_i a_i x'_i: one pass over
                 the streams mixes, writes and reads. The first branch reads the mean.
-    last        whether this is the last sublayer. Where reads are taken ahead, the head reads what
-                it writes, and its a starts at 1/n, the mean.
+    last        whether this is the last one. Where reads are taken ahead, the a of the last one
+                makes the head's input, and starts at 1/n, the mean.
     options     the mixer's own, by name
     ValueError for a value that is not allowed.
     """
@@ -221,7 +229,15 @@ class HyperConnection(Coefficients):
         squashed = (gates == "free", gates == "free", squash_mix)
         seen = fields_seen(sees)
         n_seen = n_embd * (n_streams if sees == "streams" else len(seen))
-        super().__init__(sizes, squashed, n_streams, n_seen, dynamic, alpha_start, seen)
+        super().__init__(
+            sizes=sizes,
+            squashed=squashed,
+            n_streams=n_streams,
+            n_seen=n_seen,
+            dynamic=dynamic,
+            alpha_start=alpha_start,
+            seen=seen,
+        )
 
         self.mixer, self.n_streams, self.options = mixer, n_streams, options
         self.read_ahead = sees != "streams"
@@ -331,8 +347,14 @@ class ReadOut(Coefficients):
     """
 
     def __init__(self, n_streams, n_embd, *, dynamic=True, alpha_start=0.01):
-        n_seen = n_streams * n_embd
-        super().__init__((n_streams,), (False,), n_streams, n_seen, dynamic, alpha_start)
+        super().__init__(
+            sizes=(n_streams,),
+            squashed=(False,),
+            n_streams=n_streams,
+            n_seen=n_streams * n_embd,
+            dynamic=dynamic,
+            alpha_start=alpha_start,
+        )
         self.reset_parameters()
 
     def start_bias(self):

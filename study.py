@@ -18,8 +18,9 @@ a checkpoint. If a cell's folder has a run with other knobs, the command is refu
     results/NAME/CELL.json           what is kept of it, a few kB: losses, step time, commit, knobs
     results/NAME/table.md and .csv   what the runs say so far (comparison.py), after each run
 
-A run whose losses or gradients are not finite until train.py gives it up has diverged: a result.
-One that fails otherwise is named at the end, and runs again with the next call.
+A run has diverged if train.py gave it up after max_bad_steps steps that were not finite, or if its
+last validation loss is not finite. That is a result. A run that fails otherwise is named at the
+end, and runs again with the next call.
 """
 
 import argparse
@@ -99,7 +100,8 @@ class Run(NamedTuple):
 
 def planned(cell):
     """-> the cell's Run, not started yet. SystemExit for knobs that train.py refuses, RunError for
-    knobs other than those with which the run began."""
+    a config file with another init_from than scratch, and for knobs other than those with which the
+    run began."""
     knobs = knobs_of(*cell.arguments)
     if knobs["init_from"] != "scratch":  # of a config file
         raise RunError(f"init_from = {knobs['init_from']!r}: runs of a study start from scratch")
@@ -113,7 +115,7 @@ def planned(cell):
 def start(run, options, slot):
     """Start a run in the background -> the Run with its process.
 
-    slot: 0 to options.jobs - 1, of which each has one run at a time, and GPUs of its own.
+    slot: 0 to options.jobs - 1. Each has one run at a time, and its GPUs (gpus_of_slot).
     """
     cell, launcher = run.cell, []
     if options.processes > 1:
@@ -134,7 +136,8 @@ def start(run, options, slot):
 
 
 def gpus_of_slot(slot, processes):
-    """The CUDA_VISIBLE_DEVICES of a run with so many processes: the slots take turns."""
+    """The CUDA_VISIBLE_DEVICES of a run with so many processes. Each slot gets the next GPUs; where
+    there are too few, slots share them."""
     count = torch.cuda.device_count()
     everything = ",".join(str(device) for device in range(count))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",")
@@ -171,7 +174,7 @@ def run_grid(study, todo, options):
     """
     stop, stopping = StopSignal(group=None), False
     waiting, running, failed = [planned(cell) for cell in todo], {}, []  # running: slot -> Run
-    total = sum(run.share(run.steps) for run in waiting)
+    total = sum(run.share(run.steps) for run in waiting)  # in whole runs, as `done`
     done, began = 0.0, time.time()
 
     try:
@@ -261,6 +264,9 @@ def say(text):
 # ---- the command line ----------------------------------------------------------------------------
 
 
+SWEEP_HELP = "values with commas between; may be repeated; of a study, those of its values to run"
+
+
 def parse_command_line():
     """-> the options, and the knobs of train.py: {knob: text}."""
     parser = argparse.ArgumentParser(
@@ -271,12 +277,12 @@ def parse_command_line():
     add = parser.add_argument
     add("files", nargs="+", help="a study (config/studies/*.py), or config files of train.py")
     add("--arms", "--mixers", default="all", help="names with commas between, or all")
-    add("--seeds", help="5 for 1 to 5; 2,3 or 2, for these alone (default: the study's, else 5)")
-    add("--sweep", action="append", default=[], metavar="KNOB=VALUES", help="a knob's values")
+    add("--seeds", help="5: seeds 1 to 5; 2,3: these; 2,: 2 alone (default: the study's, else 5)")
+    add("--sweep", action="append", default=[], metavar="KNOB=VALUES", help=SWEEP_HELP)
     add("--name", help="of the study's folders in out/studies and results (default: the file's)")
-    add("--jobs", type=int, default=1, help="runs at a time, each with its own GPUs if any")
-    add("--threads", type=int, default=1, help="of each process")
-    add("--processes", type=int, default=1, help="of each run, under torchrun")
+    add("--jobs", type=int, default=1, help="runs at a time, on the next GPUs each")
+    add("--threads", type=int, default=1, help="CPU threads of a process (OMP_NUM_THREADS)")
+    add("--processes", type=int, default=1, help="processes of a run; above 1 under torchrun")
     add("--list", action="store_true", help="show the cells and their state; run nothing")
     add("--dry_run", action="store_true", help="show the commands; run nothing")
     add("--table", action="store_true", help="write the table; run nothing")
@@ -366,15 +372,19 @@ def read_command_line():
     sweep = parse_sweep(options.sweep)
     if not any(is_study(path) for path in options.files):
         study = study_of_mixers(options, names, seeds or [1, 2, 3, 4, 5], sweep)
+        arms_are = "--mixers"
     elif len(options.files) > 1:
         raise RunError(f"a study stands alone, not among {', '.join(options.files)}")
     else:
         study = read_study(options.files[0])
+        arms_are = f"the arms in {options.files[0]}"
     for knob in knobs:
         if knob in study.sweep:
             raise RunError(f"--{knob}: the study sweeps it; write --sweep {knob}={knobs[knob]}")
         if all(knob in own for own in study.arms.values()):
-            raise RunError(f"--{knob}: every arm of the study sets {knob} itself; change them")
+            raise RunError(
+                f"--{knob}: every arm of the study sets {knob} itself; change {arms_are}"
+            )
     more = [f"--{knob}={value}" for knob, value in knobs.items()]
     if options.name:
         more.insert(0, f"--name={options.name}")
@@ -383,7 +393,7 @@ def read_command_line():
         command=" ".join([study.command, *map(shlex.quote, more)]),
         knobs={**study.knobs, **knobs},
     )
-    choose("axis", list(sweep), study.sweep)  # refuses a knob that the study does not sweep
+    choose("swept knob", list(sweep), study.sweep)  # refuses one that the study does not sweep
     part = study._replace(
         arms={name: study.arms[name] for name in choose("arm", names, study.arms)},
         seeds=choose("seed", seeds, study.seeds),

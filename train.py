@@ -72,13 +72,13 @@ n_embd = 768  # channels of one stream
 n_mlp = 0  # channels inside the MLP; 0: 4 * n_embd
 dropout = 0.0  # 0 is good for pretraining
 bias = False  # in linear layers and layer norms
-mixer = "tbp"  # residual, identity, hc, sinkhorn, permutation, kronecker, tbp, rtbp and others
+mixer = "tbp"  # residual, identity, hc, sinkhorn, permutation, kronecker, tbp, rtbp, or a control
 n_streams = 4  # parallel residual streams; 1 for residual
 dynamic = True  # coefficients depend on the token; False: learned constants of the layer
 gates = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
-mix_scale = "none"  # a learned factor of M, 1 at the start: none, one a sublayer, one a stream
-sees = "streams"  # what coefficients depend on: all streams, or only the branch's input
-wraps = "sublayer"  # a hyper-connection around each sublayer, or each whole block
+mix_scale = "none"  # learned factors of M: none; sublayer, one in all; stream, one for each row
+sees = "streams"  # what coefficients see: streams; or input, mean, shares, or some joined by +
+wraps = "sublayer"  # what a hyper-connection goes around: sublayer, or block (both sublayers)
 mix_start = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T
 alpha_start = 0.01  # factor, at the start, of what a token adds to the coefficients' logits
 read_start = 0.7  # weight of the stream that a sublayer reads most, at the start
@@ -96,7 +96,7 @@ min_lr = 6e-5  # at the end of the cosine
 warmup_iters = 2000  # steps of linear warmup
 lr_decay_iters = 600_000  # steps until min_lr
 connection_lr = 1.0  # a factor of the rate for the hyper-connections' phi, alpha and biases
-weight_decay = 0.1  # of matrices; norms, biases and gates do not decay
+weight_decay = 0.1  # of matrices and embeddings; norms, biases and alphas do not decay
 decay_phi = True  # whether phi decays as the other matrices do
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
@@ -110,6 +110,7 @@ activation_memory_budget = 1.0  # share of the backward's needs that is kept, no
 deterministic = True  # cuda: algorithms whose result does not depend on timing (a CPU's never does)
 peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
 hang_minutes = 10.0  # several processes: the run ends when the others wait so long for a rank
+# With init_from=resume and no config file, knobs that the command does not name are the run's.
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
 config = configure(globals(), arguments, extra=OPTIONS)
 # The model's knobs that the user did not name are those of the weights in init_from.
@@ -357,6 +358,7 @@ def train(run, batches, micro_steps, val_blocks, resumed):
             run.whole_run.restart(progress.step)
         if progress.step % log_interval == 0 or progress.step == 1:
             log_step(run, loss, norm, lr)
+        # The first step compiles: the clock starts again after it, whether or not it was logged.
         if progress.step % log_interval == 0 or progress.step == first_step + 1:
             clock.restart(progress.step)
         if run.machine.stop.agreed():

@@ -362,7 +362,7 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
     [
         ("", ["--arms=residual,tpb"], "there is no arm tpb; there are residual, identity"),
         ("", ["--seeds=2,3"], "there is no seed 3; there are 1, 2"),
-        ("", ["--sweep", "n_streams=2"], "there is no axis n_streams; there are none"),
+        ("", ["--sweep", "n_streams=2"], "there is no swept knob n_streams; there are none"),
         (
             "",
             ["--cell=identity/seed7"],
@@ -374,7 +374,7 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
         ("", ["--jobs=0"], "--jobs must be at least 1, not 0"),
         ("seed = 3", [], "seed: a study has question,"),
         ("del decision", [], "decision: a study has question,"),
-        ("files = 'config/laptop.py'", [], "files is a str"),
+        ("files = 'config/laptop.py'", [], "files is of the type str; write it as list"),
         ("seeds = 1 / 0", [], "tiny.py: ZeroDivisionError: division by zero"),
         ("", ["--seeds=few"], "--seeds=few: give how many"),
         ("", ["--sweep", "n_streams"], "write --sweep knob=value,value"),
@@ -402,7 +402,7 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
             ["--n_embd=32"],
             "the study sweeps it; write --sweep n_embd=32",
         ),
-        ("", ["--mixer=tbp"], "--mixer: every arm of the study sets mixer itself"),
+        ("", ["--mixer=tbp"], "--mixer: every arm of the study sets mixer itself; change"),
     ],
 )
 def test_refusals_before_anything_runs(call, tiny_study, tmp_path, more, arguments, message):
@@ -508,7 +508,7 @@ def test_a_damaged_result_and_one_of_no_cell_are_named(call, tiny_study, tmp_pat
 @pytest.mark.quick
 @pytest.mark.parametrize("name, mix_logits", [("constraint", 9), ("mixers", 16)])
 def test_a_wide_residual_has_as_many_parameters_as_tbp_or_hc(name, mix_logits):
-    """Counted one by one: a linear layer of C x n_mlp and one back, against phi, bias and gates."""
+    """One by one: a linear layer of C x n_mlp and one back, against phi, bias and alphas."""
     one = grid.read_study(ROOT / f"config/studies/{name}.py")
     C, n = 64, 4  # config/deep.py
     extra = one.arms["residual_wide"]["n_mlp"] - 4 * C

@@ -31,7 +31,7 @@ knobs = {"learning_rate": 2e-3, "min_lr": 2e-4}
 seeds = 5
 
 # residual_wide: a dynamic connection of n = 4 streams of C = 64 channels makes 4 + 4 + 9 numbers
-# (read, write, logits of tbp), each from 4 * 64 channels and a bias, and has 3 gates
+# (read, write, logits of tbp), each from 4 * 64 channels and a bias, and has 3 alphas
 _connection = (4 + 4 + 9) * (4 * 64 + 1) + 3  # 4,372 parameters, twice a layer
 _n_mlp = 4 * 64 + round(2 * _connection / (2 * 64))  # a hidden unit has 2 * 64 weights: 324
 

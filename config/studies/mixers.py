@@ -1,6 +1,7 @@
 # All mixers, each at its best rate of learning, deep and thin: 24 layers of 64 channels.
 # python prepare_data.py && python study.py config/studies/mixers.py --jobs=2
-# --n_layer=4 --n_head=4 --n_embd=128 --name=mixers-shallow for a shallow model.
+# --n_layer=4 --n_head=4 --n_embd=128 --name=mixers-shallow for a shallow model (there 608, not
+# 352, is residual_wide's n_mlp).
 question = "Do the mixers differ in loss, from the plain residual model and among themselves?"
 decision = """\
 A mixer differs from residual, or from identity, if the 95 % interval of the paired difference over
@@ -29,5 +30,6 @@ arms = {
     "permutation": {"mixer": "permutation"},
     "kronecker": {"mixer": "kronecker"},
     "residual_scalars": {**_plain, "x0_scalars": True},
-    "residual_wide": {**_plain, "n_mlp": 352},  # as many parameters as hc, at 64 channels
+    # As many parameters as hc, at 64 channels: 256 + 2 * 6,171 / (2 * 64).
+    "residual_wide": {**_plain, "n_mlp": 352},
 }
