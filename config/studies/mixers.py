@@ -17,7 +17,7 @@ is not one of parameters alone where it stands against residual_wide too (95 % i
 files = ["config/laptop.py", "config/deep.py"]
 knobs = {"connection_lr": 0.25}
 seeds = 5
-sweep = {"learning_rate": [8e-3, 4e-3, 16e-3, 2e-3]}
+sweep = {"learning_rate": [8e-3, 4e-3, 16e-3, 2e-3, 1e-3]}
 
 _plain = {"mixer": "residual", "n_streams": 1, "connection_lr": 1.0}  # without connections
 arms = {
