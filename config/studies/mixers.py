@@ -12,7 +12,8 @@ Added after config/studies/rates.py, before any run: connections learn at a quar
 which was better there for tbp and identity; only hc's learn at the full rate, which was better for
 hc in all three seeds. Rates go up to .016.
 Added after three seeds of all at .008, and hc's lead on code: residual_wide. A lead over residual
-is not one of parameters alone where it stands against residual_wide too (95 % interval)."""
+is not one of parameters alone where it stands against residual_wide too (95 % interval).
+Added with the one of config/studies/lean.py: a rate of .001, for a shallow model."""
 
 files = ["config/laptop.py", "config/deep.py"]
 knobs = {"connection_lr": 0.25}
