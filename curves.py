@@ -275,7 +275,7 @@ def mean_loss(point):
 
 
 def intervals(points, reference_arm):
-    """-> {label: comparison.Difference} between the last losses of each point and those of the
+    """-> {label: intervals.Difference} between the last losses of each point and those of the
     reference arm, for the points that share a seed with it."""
     found = {}
     for point in points:

@@ -253,7 +253,7 @@ def set_log_scale(axes, numbers):
 
 
 # ---- many runs -----------------------------------------------------------------------------------
-# A curve is a curves.Curve, a row is a comparison.Difference.
+# A curve is a curves.Curve, a row is an intervals.Difference.
 
 
 def loss_figure(by_tokens, by_seconds, differences, reference, tokens_of_a_step):

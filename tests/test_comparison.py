@@ -9,6 +9,7 @@ import statistics
 import pytest
 
 import comparison
+import intervals
 
 pytestmark = pytest.mark.quick
 
@@ -35,30 +36,30 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("df, level, t", PUBLISHED)
 def test_t_quantiles_are_the_published_ones(df, level, t):
-    assert comparison.t_quantile(df, level) == pytest.approx(t, abs=5e-4)
+    assert intervals.t_quantile(df, level) == pytest.approx(t, abs=5e-4)
 
 
 def test_an_interval_is_mean_and_t_times_the_standard_error():
     # mean 2, standard deviation 1, standard error 1 / sqrt(3), t of 2 degrees of freedom 4.3027
-    mean, half, n = comparison.interval([1.0, 2.0, 3.0])
+    mean, half, n = intervals.interval([1.0, 2.0, 3.0])
     assert (mean, n) == (2.0, 3) and half == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
-    assert comparison.interval([0.5]) == (0.5, None, 1)
-    assert comparison.interval([]) == (None, None, 0)
+    assert intervals.interval([0.5]) == (0.5, None, 1)
+    assert intervals.interval([]) == (None, None, 0)
 
 
 def test_95_of_100_intervals_hold_the_truth():
     draw = random.Random(0)
     held = 0
     for _ in range(2000):
-        mean, half, _ = comparison.interval([draw.gauss(0.3, 2.0) for _ in range(4)])
+        mean, half, _ = intervals.interval([draw.gauss(0.3, 2.0) for _ in range(4)])
         held += abs(mean - 0.3) <= half
     assert 0.935 < held / 2000 < 0.965  # three standard errors of the share
 
 
 def test_a_bound_is_there_only_where_the_interval_holds_0():
-    assert comparison.Difference(-0.002, 0.009, 5).bound() == pytest.approx(0.011)
-    assert comparison.Difference(-0.010, 0.009, 5).bound() is None
-    assert comparison.Difference(-0.002, None, 1).bound() is None
+    assert intervals.Difference(-0.002, 0.009, 5).bound() == pytest.approx(0.011)
+    assert intervals.Difference(-0.010, 0.009, 5).bound() is None
+    assert intervals.Difference(-0.002, None, 1).bound() is None
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_bound_is_there_only_where_the_interval_holds_0():
     ],
 )
 def test_differences_are_written_with_what_is_known_of_them(difference, text):
-    assert comparison.difference_text(comparison.Difference(*difference)) == text
+    assert comparison.difference_text(intervals.Difference(*difference)) == text
 
 
 def test_a_curve_reaches_a_loss_between_two_evaluations():
