@@ -27,12 +27,12 @@ import torch
 
 import checkpoint as checkpoints
 import curves
-import maps
 import plots
+import run_figure
 from comparison import number
 from configurator import configure
 from data import TokenBlocks, write_json
-from measure import composite_gains, look_at, loss_changes
+from measure import gains_by_depth, look_at, loss_changes
 from mixers import composite_gain
 from model import GPT, GPTConfig
 from runtime import RunError, pick_device, provenance, run_script
@@ -75,7 +75,7 @@ def look_at_run():
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "analysis.json", found)
     print(f"written: {folder / 'analysis.json'}")
-    plots.save(folder / "analysis.png", maps.run_figure, found)
+    plots.save(folder / "analysis.png", run_figure.draw, found)
     print(f"written: {folder / 'analysis.png'}")
 
 
@@ -144,7 +144,7 @@ def analysis(path, device):
     model, state = load_model(path, device)
     sublayers, n_tokens = look_at(model, validation_batches(state, tokens, device))
     means = mean_matrices(sublayers)
-    for sublayer, gains in zip(sublayers, composite_gains(means)):
+    for sublayer, gains in zip(sublayers, gains_by_depth(means)):
         sublayer.update(gains, loss_change=None)
     found = {
         "checkpoint": str(path),
@@ -293,7 +293,7 @@ def draw_study(points, target):
     for point in unfinished:
         print(f"{curves.label(point)} is not in study.png: it has runs that are not finished")
     points = [point for point in points if point not in unfinished]
-    panels = {name: curves.intervals(points, name) for name in references.split(",")}
+    panels = {name: curves.last_differences(points, name) for name in references.split(",")}
     unused = [name for name, rows in panels.items() if not rows]
     panels = {name: rows for name, rows in panels.items() if rows}
     if panels and unused:
@@ -349,7 +349,7 @@ def gain_of_run(point, seed, folder):
     path, where = find_checkpoint(folder, "latest"), pick_device(device)
     model, state = load_model(path, where)
     sublayers, n_tokens = look_at(model, validation_batches(state, tokens, where))
-    gains = composite_gains(mean_matrices(sublayers))
+    gains = gains_by_depth(mean_matrices(sublayers))
     return {
         "arm": curves.label(point),
         "mixer": model.config.mixer,

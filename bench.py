@@ -76,7 +76,7 @@ bias = False  # in linear layers and layer norms
 # Streams; the plain and the residual model have one
 n_streams = 4  # parallel residual streams
 sweep_streams = ""  # instead of that number several, such as 2,4,8: rows for each
-dynamic = True  # coefficients depend on the token; False: learned constants of the layer
+dynamic = True  # coefficients depend on the token; False: learned constants of the sublayer
 gates = "auto"  # reads and writes: bounded (sigmoids), exp (writes), free, or auto (free for hc)
 sees = "streams"  # what coefficients see: streams; or input, mean, shares, or some joined by +
 wraps = "sublayer"  # what a hyper-connection goes around: sublayer, or block (both sublayers)
@@ -85,7 +85,7 @@ stream_start = "equal"  # streams start as equal copies, or learned: plus a vect
 readout = "mean"  # what the head reads: the mean of the streams, or a learned sum
 # System
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # of activations: auto (bfloat16 on a GPU that can, else float32), or a torch dtype
+dtype = "auto"  # of activations: bfloat16, float16, float32; auto: bfloat16 on a GPU that can
 deterministic = True  # cuda: algorithms whose result does not depend on timing, as in training
 both_deterministic = False  # cuda: rows without such algorithms too, which tell what they cost
 activation_memory_budget = 1.0  # of the mixers, see train.py; plain and residual keep everything

@@ -1,6 +1,6 @@
 """
-Transportation charts: (n-1)^2 logits -> every doubly stochastic n x n matrix, exactly (TBP and
-RTBP, 2605.21724). The mixers tbp and rtbp are these two.
+Transportation charts: (n-1)^2 logits -> every doubly stochastic n x n matrix without a 0, exactly
+(TBP and RTBP, 2605.21724). The mixers tbp and rtbp are these two.
 
 The mass of a block of M is the sum of its entries. A chart walks over M and asks
 `choose(lo, hi, rows, cols)` for the mass of one block after another; any mass from lo to hi is

@@ -1,5 +1,5 @@
 """
-Logits of a token, or of a layer, and the coefficients that they become: read, write and mix.
+Logits of a token, or of a sublayer, and the coefficients that they become: read, write and mix.
 
 The modules of streams.py that use coefficients are subclasses of `Coefficients`.
 """
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from passes import Logits, Project, at_least_float32, mean_square
 from planes import FEW_STREAMS
-from stacked import LogitsStacked
+from stacked_passes import LogitsStacked
 
 
 class Coefficients(nn.Module):

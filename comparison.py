@@ -1,7 +1,7 @@
 """
 What paired runs say: from the metrics of a run to a table with its uncertainty.
 
-A result is a dict, one for each run, as study.py keeps it in results/: what `measure` returns; the
+A result is a dict, one for each run, as study.py keeps it in results/: what `summary` returns; the
 run's arm, axes (the value of each swept knob that the arm does not set itself) and seed; and its
 command, provenance and knobs. Two arms are compared seed by seed, over the seeds that both
 finished. The columns of the table, of which losses and differences are means over seeds:
@@ -67,7 +67,7 @@ def last_step(folder):
     return records[-1]["step"] if records else 0
 
 
-def measure(records, total_batch_tokens, gave_up):
+def summary(records, total_batch_tokens, gave_up):
     """What is kept of a run. A loss that is not finite is None.
 
     records: the lines of its metrics.jsonl. gave_up: whether train.py stopped it. The step time is
@@ -269,7 +269,14 @@ def compare(point, reference):
 
 
 def table_csv(results, references):
-    """A line for every point of the grid; `best` marks those that table_markdown shows."""
+    """A line for every point of the grid. Beside what table_markdown shows:
+
+    best                whether table_markdown shows the point
+    loss_std, norm      the losses' deviation over seeds; the largest gradient norm of any run
+    best_loss           the lowest validation loss of a run, its mean over seeds
+    minus_X, minus_X_half, minus_X_pairs    the mean difference from arm X, half of its 95 %
+                        interval, and how many pairs of seeds it has; equal_time_X in the same way
+    """
     points = gather(results)
     chosen = best_rates(points)
     rows = []

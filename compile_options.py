@@ -13,7 +13,8 @@ def compiler_options(n_streams):
         "unroll_reductions_threshold": 1,
         # A mixer is hundreds of pointwise operations. The default, 64, would split its kernel.
         "max_fusion_size": 1024,
-        # On a CPU, the sums over channels for all coefficients' gradients are one loop.
+        # On a CPU, one loop makes the sums over channels for the gradients of all coefficients. The
+        # default would split it.
         "cpp.max_horizontal_fusion_size": 1024,
         # Inductor stores a stack of more planes than this. It would compute a smaller stack again
         # for every channel that uses it. 3, because one kernel should still join the gradients of

@@ -86,7 +86,7 @@ def result_of_run(folder):
         return []
     arm, axes = arm_of_folder(folder, knobs)
     own = {"arm": arm, "axes": axes, "seed": knobs["seed"], "knobs": knobs, "folder": folder}
-    return [own | comparison.measure(records, knobs["total_batch_tokens"], gave_up=False)]
+    return [own | comparison.summary(records, knobs["total_batch_tokens"], gave_up=False)]
 
 
 def arm_of_folder(folder, knobs):
@@ -159,7 +159,7 @@ def label(point):
     return ", ".join([point.arm, *axes])
 
 
-def knobs_of(point):
+def first_knobs(point):
     """The knobs of its first run; those of the others differ in the seed."""
     return next(iter(point.runs.values()))["knobs"]
 
@@ -187,7 +187,7 @@ def make_curve(point, by_seed, scale=1):
         return None
     numbers = [[seed[step] for seed in by_seed.values()] for step in steps]
     x = [step * scale for step in steps]
-    return band(label(point), knobs_of(point)["mixer"], x, numbers)
+    return band(label(point), first_knobs(point)["mixer"], x, numbers)
 
 
 def band(label, mixer, x, numbers):
@@ -200,7 +200,7 @@ def band(label, mixer, x, numbers):
 def by_tokens(points, key):
     """A figure at the evaluations (val, gain or norm_max) against tokens -> a list of curves."""
     curves = [
-        make_curve(point, at_evaluations(point, key), knobs_of(point)["total_batch_tokens"])
+        make_curve(point, at_evaluations(point, key), first_knobs(point)["total_batch_tokens"])
         for point in points
     ]
     return [curve for curve in curves if curve]
@@ -229,13 +229,13 @@ def differences(points, arm):
         for seed in ours.keys() & theirs.keys():
             steps = ours[seed].keys() & theirs[seed].keys()
             by_seed[seed] = {step: ours[seed][step] - theirs[seed][step] for step in steps}
-        curves.append(make_curve(point, by_seed, knobs_of(point)["total_batch_tokens"]))
+        curves.append(make_curve(point, by_seed, first_knobs(point)["total_batch_tokens"]))
     return [curve for curve in curves if curve]
 
 
 def tokens_of_a_step(points):
     """How many tokens a step has, if it is the same number for all points, else None."""
-    sizes = {knobs_of(point)["total_batch_tokens"] for point in points}
+    sizes = {first_knobs(point)["total_batch_tokens"] for point in points}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -264,7 +264,7 @@ def as_number(value):
 def arms_in_order(points):
     """Points -> [(label, mixer, note)], the lowest mean loss first. note: how many diverged."""
     return [
-        (label(point), knobs_of(point)["mixer"], diverged_text(point))
+        (label(point), first_knobs(point)["mixer"], diverged_text(point))
         for point in sorted(points, key=mean_loss)
     ]
 
@@ -274,8 +274,8 @@ def mean_loss(point):
     return math.inf if loss is None else loss
 
 
-def intervals(points, reference_arm):
-    """-> {label: intervals.Difference} between the last losses of each point and those of the
+def last_differences(points, reference_arm):
+    """-> {label: Difference} (intervals.py) of the last losses of each point from those of the
     reference arm, for the points that share a seed with it."""
     found = {}
     for point in points:

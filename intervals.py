@@ -41,14 +41,17 @@ class Difference(NamedTuple):
     n: int  # pairs
 
     def bound(self):
-        """The largest absolute difference in the interval; None where the interval leaves 0 out."""
+        """The largest absolute difference in the interval; None where the interval leaves 0 out, or
+        there is none."""
         if self.half is None or abs(self.mean) > self.half:
             return None
         return abs(self.mean) + self.half
 
 
 def interval(differences):
-    """The mean of the differences, one for each seed, and its 95 % interval by Student's t."""
+    """The mean of the differences, one for each seed, and its 95 % interval by Student's t.
+
+    -> Difference; its `half` is None with fewer than two differences, its mean too with none."""
     n = len(differences)
     if n < 2:
         return Difference(differences[0] if n else None, None, n)

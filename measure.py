@@ -2,7 +2,7 @@
 What a trained mixer does, in numbers: a model and tokens -> plain numbers for each sublayer.
 
     sublayers, n_tokens = look_at(model, batches)       # matrices, reads, writes, streams
-    gains = composite_gains(matrices)                   # how signals can grow, by depth
+    gains = gains_by_depth(matrices)                   # how signals can grow, by depth
     loss, changes = loss_changes(model, means, batches) # what each M is worth to the loss
 
 analyze.py prints and draws them; what each number means is said there, in `analysis`.
@@ -121,7 +121,7 @@ def effective_streams(gram):
     return trace.square() / gram.square().sum((-2, -1))
 
 
-def composite_gains(matrices):
+def gains_by_depth(matrices):
     """(n, n) matrices in order of depth -> for each the four gains that `analysis` lists."""
     # from_first[l] = M_l ... M_1, and to_last[l] = M_L ... M_l.
     from_first = list(itertools.accumulate(matrices, lambda product, M: M @ product))

@@ -12,8 +12,8 @@ families of maps are long, and have files of their own: sinkhorn.py, permutation
 Inside a mixer, M is a list of n rows, and a row is a list of n *planes* (planes.py). A plane is a
 tensor of the shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a
 straight line of pointwise operations on planes, which torch.compile fuses into one kernel. For more
-than FEW_STREAMS there are too many operations, and a mixer may have another form: one tensor that
-stacks the planes.
+than FEW_STREAMS (4) there are too many of them to compile. There a mixer may have another form,
+`map_stacked`, on one tensor that stacks the planes.
 
 Sources: HC arXiv:2409.19606, mHC 2512.24880, mHC-lite 2601.05732, KromHC 2601.21579, TBP and RTBP
 2605.21724, identity mixing 2607.28611.
@@ -59,12 +59,14 @@ class Mixer:
                                   FEW_STREAMS. None: `map`, which then compiles slowly.
     options                    {name: Option} of the arguments **options.
 
-    The other fields are promises, and the tests check them:
+    Promises, which the tests check:
     doubly_stochastic    M is doubly stochastic, exactly or in the limit of many rounds
     exact_sums           which sums of M are 1 to rounding, at any logits: rows, columns, or both
     nonnegative          no entry of M is ever below 0
     starts_at_blend      training starts at `blend`. If False, the rows of the matrix at the start
                          sum to 1, and no more is promised.
+
+    Switches, which the model acts on:
     bounded              the map bounds the entries of M. If False, HyperConnection puts what a
                          token adds to M through tanh.
     one_stream           the plain residual stream: there is nothing to mix
@@ -175,8 +177,8 @@ def stacked_matrix(name, logits, n, **options):
     return torch.stack([torch.stack(row) for row in rows]) if rows else None
 
 
-# How far the sums of a matrix may be from 1 in mixing_logits. An error of float32 rounding passes;
-# the error that 20 rounds of Sinkhorn leave does not.
+# How far the sums of a matrix may be from 1 in mixing_logits. An error of float32 rounding passes.
+# A matrix of Sinkhorn passes where its rounds have converged: with large logits 20 are too few.
 DS_TOLERANCE = 1e-4
 
 
@@ -252,8 +254,9 @@ def composite_gain(matrices):
 
 
 def blend(n, eps):
-    """(1 - eps) I + (eps / n) 11^T, (n, n) in float64: the start of every mixer that reaches it,
-    so that differences between runs come from the mixers and not from where they started."""
+    """(1 - eps) I + (eps / n) 11^T, (n, n) in float64: the start of the mixers with
+    `starts_at_blend`, so that differences between runs come from the mixers and not from where they
+    started. hc, identity and orthogonal start at I, whatever eps is."""
     return (1 - eps) * torch.eye(n, dtype=torch.float64) + eps / n
 
 
@@ -263,6 +266,11 @@ def start_logits(name, n, eps, **options):
     if mixer.start:
         return mixer.start(n, eps)
     return mixer.inverse(blend(n, eps), n, **options)
+
+
+def log_inverse(M, n, **options):
+    """log M, for maps that divide exp(logits) by sums of lines, which are 1 in M already."""
+    return M.log().flatten(-2)
 
 
 # ---- residual and identity: nothing to mix -------------------------------------------------------
@@ -347,11 +355,6 @@ def column_softmax_stacked(logits, n):
     return logits.unflatten(0, (n, n)).softmax(0)
 
 
-def log_inverse(M, n):
-    """The softmax of a line's logarithms is the line again, where it sums to 1."""
-    return M.log().flatten(-2)
-
-
 def orthogonal(planes, n):
     """A product of rotations, one for each pair of streams i < j; a logit is the angle of one.
 
@@ -401,7 +404,7 @@ MIXERS["sinkhorn"] = Mixer(
     n_logits=lambda n: n * n,
     map=sinkhorn.sinkhorn,
     map_stacked=sinkhorn.sinkhorn_stacked,
-    inverse=sinkhorn.inverse,
+    inverse=log_inverse,
     options={
         "sinkhorn_rounds": Option(
             default=20,

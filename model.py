@@ -26,19 +26,19 @@ from compile_options import compiler_options
 from mixers import check_options, find_mixer, n_logits
 from passes import mean_square
 from streams import (
-    SEES,
     HyperConnection,
     ReadOut,
     Residual,
     ScaledResidual,
     Streams,
     check_choice,
+    check_connection,
     fields_seen,
     start_streams,
 )
 
 # Fields of GPTConfig that must stay at their defaults with one stream. mix_start and read_start
-# have no effect there either, and are not refused: config files set them for every mixer.
+# have no effect there either, and are not refused: files of a study set them for all its arms.
 OF_STREAMS = ("gates", "sees", "wraps", "stream_start", "readout")
 
 
@@ -54,7 +54,7 @@ class GPTConfig:
     bias: bool = True  # in linear layers and layer norms
     mixer: str = "tbp"  # a name of mixers.MIXERS
     n_streams: int = 4  # n; 1 for the residual mixer
-    dynamic: bool = True  # coefficients depend on the token; False: parameters of the layer
+    dynamic: bool = True  # coefficients depend on the token; False: parameters of the sublayer
     gates: str = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
     # Values of sees other than "streams" need readout = "learned".
     sees: str = "streams"  # what a, w and M see: streams; or input, mean, shares, or some with +
@@ -76,11 +76,6 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.embed_scale > 0:
             raise ValueError(f"embed_scale must be above 0, not {self.embed_scale}")
-        if not self.alpha_start > 0:
-            raise ValueError(
-                f"alpha_start must be above 0, not {self.alpha_start}: phi starts at 0, and with "
-                "alpha at 0 neither gets a gradient"
-            )
         if self.n_mlp < 0:
             raise ValueError(f"n_mlp must be at least 0, not {self.n_mlp}; 0 means 4 * n_embd")
         if self.n_embd % self.n_head:
@@ -94,9 +89,15 @@ class GPTConfig:
         check_choice("stream_dtype", self.stream_dtype, ("auto", "float32", "bfloat16"))
         check_choice("stream_start", self.stream_start, ("equal", "learned"))
         check_choice("readout", self.readout, ("mean", "learned"))
-        check_choice("sees", self.sees, SEES)
         check_choice("wraps", self.wraps, ("sublayer", "block"))
-        check_choice("mix_scale", self.mix_scale, ("none", "sublayer", "stream"))
+        check_connection(
+            self.alpha_start,
+            self.mix_start,
+            self.read_start,
+            self.gates,
+            self.mix_scale,
+            self.sees,
+        )
         n_logits(self.mixer, self.n_streams)  # ValueError for an unknown mixer, or its n
         check_options(self.mixer, self.options)
         if find_mixer(self.mixer).one_stream:
@@ -131,7 +132,7 @@ class GPTConfig:
 
 
 def make_connection(config, sublayer, last=False):
-    """The module around a sublayer (or a block): a Residual, or what has coefficients."""
+    """The module around a sublayer (or a block): Residual, ScaledResidual or HyperConnection."""
     if find_mixer(config.mixer).one_stream:
         if config.mix_scale == "none":
             return Residual()
@@ -285,7 +286,8 @@ class GPT(nn.Module):
         self.init_parameters()
 
     def forward(self, idx, targets=None):
-        """idx, targets (B, T) integers -> logits (B, T, V), the mean cross-entropy or None.
+        """idx, targets (B, T) integers -> logits (B, T, V), the mean cross-entropy or None. A
+        target of -1 does not count.
 
         ValueError for more tokens than block_size."""
         if idx.shape[1] > self.config.block_size:
@@ -332,7 +334,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self):
-        """GPT-2's initialisation; the only place where a parameter gets its first value.
+        """GPT-2's initialisation. All parameters get their values again here, in one place.
 
         RuntimeError for a parameter that was not reached."""
         reached = set()
@@ -365,9 +367,10 @@ class GPT(nn.Module):
         Matrices and embeddings decay, and phi if decay_phi. Parameters that shift or scale do not:
         norms, biases, the alphas, the offsets of the streams, x0_scalars.
 
-        The "lr_factor" of a group is connection_lr for phi, alpha and bias of the hyper-connections
-        and of a learned read-out, and 1 for all others. ValueError where the model has no such
-        parameters and an argument is about them; RuntimeError for a parameter of unknown role.
+        The "lr_factor" of a group is connection_lr for phi, alpha and bias of `Coefficients` (the
+        hyper-connections, a learned read-out, scaled residuals), and 1 for all others. ValueError
+        if connection_lr is not 1, or decay_phi is False, and the model has none of these;
+        RuntimeError for a parameter of unknown role.
         """
         has_connections = any(isinstance(module, Coefficients) for module in self.modules())
         if not has_connections and (connection_lr != 1 or not decay_phi):
@@ -407,7 +410,12 @@ class GPT(nn.Module):
         ]
 
     def parameter_counts(self):
-        """Parameters by part: embedding, branches, hyper_connections, and their total."""
+        """How many parameters each part has, and their total.
+
+        embedding: tokens, positions, and the streams' learned start. hyper_connections: all
+        `Coefficients`, so a learned read-out and scaled residuals too. branches: all others, norms
+        among them.
+        """
         connections = [m for m in self.modules() if isinstance(m, Coefficients)]
         hyper = sum(p.numel() for module in connections for p in module.parameters())
         embedding = sum(p.numel() for p in self.embed.parameters())

@@ -8,10 +8,41 @@ it moves 1.91 times (LOG.md). streams.py puts the passes together.
 
 Throughout, x (B, T, n, C) are the streams. A *plane* (B, T) is one coefficient of all tokens, in
 float32; where coefficients do not depend on the token, a plane is (1, 1). This file is for few
-streams, with a plane for each coefficient; stacked.py is for many.
+streams, with a plane for each coefficient; stacked_passes.py is for many.
 """
 
 import torch
+
+# ---- dtypes --------------------------------------------------------------------------------------
+
+
+def matmul_float32(a, b):
+    """a @ b, summed and returned in float32 (float64 stays float64)."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return at_least_float32(a) @ at_least_float32(b)
+
+
+def at_least_float32(t):
+    return cast(t, torch.promote_types(t.dtype, torch.float32))
+
+
+def cast(t, dtype):
+    """t in this dtype; t itself if it has it, since torch 2.11 loses the gradient of a Function's
+    output that went through a `.to()` which changes nothing."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+# ---- sums ----------------------------------------------------------------------------------------
+
+
+def add_up(tensors):
+    """Their sum. Python's sum() would add them to 0, one operation more."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
 
 
 @torch.no_grad()
@@ -28,11 +59,12 @@ def mean_square(*xs):
 class Project(torch.autograd.Function):
     """y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T), both in float32.
 
-    The mean square (B, T) of x, phi (K, N) for N numbers of a token, then x: one tensor, (B, T) and
-    more dimensions, or several that hold the N numbers one after the other. The caller needs
-    phi @ RMSNorm(x), which is y * r: the norm is applied after the product, and the mean square
-    comes from the pass that wrote x, so x is read once. In the backward x gets the gradient that
-    goes through r too, and the mean square gets none.
+    Arguments: square (B, T), the mean square of x; phi (K, N), for the N numbers of a token; then
+    x, as one tensor (B, T, ...) or as several that hold the N numbers one after the other.
+
+    The caller needs phi @ RMSNorm(x), which is y * r: the norm is applied after the product, and
+    the mean square comes from the pass that wrote x, so x is read once. In the backward x gets the
+    gradient that goes through r too, and the mean square gets none.
     """
 
     @staticmethod
@@ -109,14 +141,14 @@ def through_logits(ctx, grad):
         f = torch.where(squash, z.tanh(), z)
         slope = torch.where(squash, 1 - f * f, 1.0)
     grad_gain, grad_bias = torch.stack([grad * f, grad]).sum((-2, -1))
-    grad_z = grad * gains(alpha, part_of)[:, None, None]
+    grad_z = grad * alpha_of_logits(alpha, part_of)[:, None, None]
     if slope is not None:
         grad_z = grad_z * slope
     grad_alpha = (grad_gain * part_of).sum(1)
     return grad_z * r, (grad_z * y).sum(0), grad_alpha, grad_bias, None, None
 
 
-def gains(alpha, part_of):
+def alpha_of_logits(alpha, part_of):
     """(K,): the alpha of each logit's part."""
     return sum((alpha[:, None] * part_of).unbind(0))
 
@@ -147,8 +179,8 @@ def squashed_logits(sizes, squashed, device):
 # as a plane, to receive the gradient. The stacks get no gradient, since one more kernel would have
 # to cut it into planes.
 #
-# Their forwards take *args: with gradients off, Dynamo drops the ctx of a forward that has as many
-# parameters as the call has arguments.
+# Their forwards take *args. Without gradients, Dynamo tells by counting whether a forward expects
+# ctx: it leaves ctx out where the call has as many arguments as the forward has parameters.
 
 
 class ReadAndMix(torch.autograd.Function):
@@ -191,7 +223,8 @@ def mixed_by(M, x):
 
 
 class Write(torch.autograd.Function):
-    """mixed (B, T, n, C), v (B, T, C), w (B, T, n), a dtype, then the planes of w.
+    """mixed (B, T, n, C) in float32, or x itself for M = I; v (B, T, C), w (B, T, n), a dtype, then
+    the planes of w.
 
     -> x'_i = mixed_i + w_i v (B, T, n, C) in that dtype, and its mean square (B, T) in float32.
     """
@@ -240,8 +273,8 @@ def fixed_weights(name, xs):
 
 
 def mean_of_squares(vectors):
-    """The mean square (B, T) of all numbers of some vectors (B, T, C). One sum for each vector:
-    `mean_square` joins them first."""
+    """As `mean_square`, of vectors (B, T, C), with one sum for each: a pass over the streams then
+    need not join them first."""
     squares = [s.square().mean(-1) for s in vectors]
     return add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
 
@@ -323,37 +356,8 @@ class MixWriteReadAhead(torch.autograd.Function):
         return grad_x, grad_v, None, None, None, None, *planes
 
 
-def add_up(tensors):
-    """Their sum. Python's sum() would add them to 0, one operation more."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
-
-
 def sum_to_shape(shape, planes):
     """Planes (B, T) summed to the shape of the coefficients: (B, T), or (1, 1) where static."""
     if planes[0].shape == shape:
         return planes
     return torch.stack(planes).sum((-2, -1), keepdim=True).unbind(0)
-
-
-# ---- dtypes --------------------------------------------------------------------------------------
-
-
-def matmul_float32(a, b):
-    """a @ b, summed and returned in float32 (float64 stays float64)."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return at_least_float32(a) @ at_least_float32(b)
-
-
-def at_least_float32(t):
-    return cast(t, torch.promote_types(t.dtype, torch.float32))
-
-
-def cast(t, dtype):
-    """t in this dtype; t itself if it has it, since torch 2.11 loses the gradient of a Function's
-    output that went through a `.to()` which changes nothing."""
-    return t if t.dtype == dtype else t.to(dtype)

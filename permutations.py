@@ -24,14 +24,15 @@ def permutation(planes, n):
     for weight, permuted in zip(weights, itertools.permutations(range(n))):
         for i, j in enumerate(permuted):
             shares[i][j].append(weight)
+    # Rounding could give a sum above 1.
     return [[sum(entry).clamp(max=1) for entry in row] for row in shares]
 
 
 def permutation_inverse(M, n):
     """By Birkhoff's theorem M is a mixture of permutations.
 
-    First the uniform matrix is taken out of M, as often as M holds it. Then, until nothing is left,
-    the permutation of which the rest holds most.
+    First take as much of the uniform matrix out of M as M holds. Then, as long as something is
+    left, take out the permutation of which most is left.
     """
     permutations = torch.tensor(list(itertools.permutations(range(n))))  # (n!, n)
     line = torch.arange(n)
@@ -161,6 +162,12 @@ def kronecker_start(n, eps):
 
 
 def n_kronecker_logits(n):
+    largest = max(prime_factors(n))
+    if largest > 7:
+        raise ValueError(
+            f"{n} has the prime factor {largest}, so kronecker needs {largest}! logits and more; "
+            "the largest prime factor is 7. tbp and rtbp take any n"
+        )
     return sum(n_permutations(p) for p in prime_factors(n))
 
 

@@ -1,8 +1,9 @@
 """
 Arithmetic on planes, from which mixers are made.
 
-A plane is a tensor of the shape of one logit: (B, T) in the model, one number of each token. A
-matrix is a list of n rows, each a list of n planes, or one list of n^2 planes, row by row.
+A plane is a tensor of the shape of one logit: in the model (B, T), one number of each token, or
+(1, 1) where coefficients are static. A matrix is a list of n rows, each a list of n planes, or one
+list of n^2 planes, row by row.
 """
 
 from functools import reduce

@@ -1,5 +1,6 @@
 """
-The figures of analyze.py: the style of all figures, and those of many runs (maps.py: one run).
+The figures of analyze.py: the style of all figures, and those of many runs. run_figure.py has that
+of one run.
 
     save(Path("gain.png"), gain_figure, forward, backward)      # lists of curves.Curve
 

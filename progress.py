@@ -3,7 +3,7 @@ What a run reports while it goes: counts, a clock, and the lines of its log.
 
     progress = Progress()
     tally, clock = Tally(progress.tally, device), Clock(progress.step)
-    tally.add(bad, norm, grad_clip)             # every step; the host does not wait
+    tally.add(bad, norm, limit)                 # every step; the host does not wait
     line = metrics_line(step, logged_step, tally, clock, loss, norm, lr)    # here it does
     print(log_line(line, max_iters, tokens_per_step))
 """
@@ -84,9 +84,9 @@ def metrics_line(step, logged_step, tally, clock, loss, norm, lr):
     """-> a line of metrics, as a dict.
 
     loss, norm and lr are the last step's; norm_max, clipped and skipped cover the steps since
-    logged_step; ms and data_ms the steps since the clock's restart. clipped is a share of the
-    steps, bad counts the newest steps in a row that were not finite, worst the most in a row since
-    the last line.
+    logged_step; ms and data_ms, milliseconds a step, those since the clock's restart. clipped is a
+    share of the steps, bad counts the newest steps in a row that were not finite, worst the most in
+    a row since the last line.
     """
     loss, norm = torch.stack([loss, norm]).tolist()
     bad_in_a_row, worst, skipped, clipped, norm_max = tally.read()
@@ -106,7 +106,8 @@ def metrics_line(step, logged_step, tally, clock, loss, norm, lr):
 
 
 def log_line(line, max_iters, tokens_per_step, ideal_ms=0.0, seconds_left=0.0):
-    """A line of metrics as text. ideal_ms: of a step at the devices' peak flops; 0: unknown."""
+    """A line of metrics as text. ideal_ms: of a step at the devices' peak flops. For this and
+    seconds_left, 0 means unknown."""
     tokens_per_second = tokens_per_step / line["ms"] * 1e3
     text = (
         f"step {line['step']}/{max_iters} | loss {line['loss']:.4f} | norm {line['norm']:.3f} | "

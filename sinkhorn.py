@@ -19,11 +19,6 @@ def sinkhorn(planes, n, *, sinkhorn_rounds=20):
     return in_rows(Sinkhorn.apply(n, sinkhorn_rounds, *planes), n)
 
 
-def inverse(M, n, *, sinkhorn_rounds=20):
-    """log M: dividing the lines of a doubly stochastic matrix by their sums, 1, changes nothing."""
-    return M.log().flatten(-2)
-
-
 def sinkhorn_stacked(logits, n, *, sinkhorn_rounds=20):
     """As `sinkhorn`, for many streams: logits (n^2, ...) -> M (n, n, ...).
 

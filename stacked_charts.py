@@ -41,9 +41,10 @@ def step(function, compiled, logits, sums, *others):
 def kernel_of(function, n, N):
     """The function, compiled for tensors of these sizes; it compiles at its first call.
 
-    Each N has kernels of its own. Else PyTorch would make one for any N when a second N comes, and
-    a resumed run could use another kernel than the run that it continues. Dynamo gives up on code
-    that it has compiled 8 times, so each N has a copy of the code.
+    dynamic=False, so each N has a kernel of its own. With the default, PyTorch makes a kernel for
+    any N when a second N comes; it could round differently, and a resumed run would not end with
+    the same bits. Each N also has a copy of the code, since Dynamo gives up on code that it has
+    compiled 8 times.
     The first call runs under other dispatch keys than later ones. So the second call traces the
     function once more, and finds the kernel in the compiler's cache."""
     own = FunctionType(function.__code__.replace(), function.__globals__)

@@ -1,13 +1,13 @@
 """
 The residual state as n parallel streams, and everything that touches it.
 
-    >>> hc = HyperConnection("tbp", n_streams=4, n_embd=64)
+    >>> connection = HyperConnection("tbp", n_streams=4, n_embd=64)
     >>> streams = start_streams(torch.randn(2, 8, 64), n_streams=4)     # x (2, 8, 4, 64)
-    >>> streams = hc(streams, branch)       # branch: (B, T, 64) -> (B, T, 64), attention or an MLP
+    >>> streams = connection(streams, branch)   # branch: (2, 8, 64) -> the same, such as an MLP
     >>> streams.x.mean(2)                   # what the head reads, (2, 8, 64)
 
 Where the numbers come from that read, mix and write is in coefficients.py; the passes over the
-streams themselves, forward and backward, are in passes.py and stacked.py.
+streams themselves, forward and backward, are in passes.py and stacked_passes.py.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from passes import (
     at_least_float32,
     fixed_read,
 )
-from stacked import MixWriteReadAheadStacked, MixWriteStacked, ReadStacked, tokens_first
+from stacked_passes import MixWriteReadAheadStacked, MixWriteStacked, ReadStacked, tokens_first
 
 
 class Streams(NamedTuple):
@@ -40,8 +40,8 @@ class Streams(NamedTuple):
 
     x            (B, T, n, C)
     mean_square  (B, T) in float32: the mean square of all numbers of a token that coefficients see.
-                 It travels with x because the pass that writes x computes it on the way. None after
-                 a static sublayer: a dynamic sublayer that follows computes it.
+                 It travels with x because the pass that writes x computes it on the way. None where
+                 no pass did, as at the start: a dynamic sublayer then computes it.
 
     The others are None unless sublayers read ahead (`sees` of HyperConnection); (B, T, C) each:
 
@@ -61,7 +61,7 @@ class Streams(NamedTuple):
         return [getattr(self, field) for field in fields]
 
     def at(self, positions):
-        """-> Streams of one token a sequence (T = 1): of sequence b, token positions[b]."""
+        """-> Streams with T = 1: of each sequence b, the token at positions[b]."""
         sequences = list(range(len(positions)))
         return Streams(*(None if t is None else t[sequences, positions][:, None] for t in self))
 
@@ -82,7 +82,9 @@ def fields_seen(sees):
 def start_streams(x, n_streams, offsets=None, sees="streams"):
     """x (B, T, C) -> Streams: n copies of x, plus offsets (n, C) if there are any.
 
-    Where sublayers read ahead, the first branch reads the mean of the streams.
+    sees: what the coefficients of the HyperConnections see. Unless it is "streams", sublayers read
+    ahead: the first branch reads the mean of the streams, and the head the `input` of the last
+    Streams.
     """
     x = x[:, :, None].repeat(1, 1, n_streams, 1)
     if offsets is not None:
@@ -173,12 +175,15 @@ class HyperConnection(Coefficients):
     tanh(z_mix). At the start phi is 0, a sums to 1, w is 1 and M's rows sum to 1: on equal streams
     the module is x + F(x), to rounding.
 
+    mixer       a name of mixers.MIXERS; n_streams is its n, and n_embd is C
     sublayer    its index among the model's hyper-connections. Stream sublayer % n is read most,
                 with weight `read_start`: different sublayers read different streams, which drives
                 equal streams apart. Where reads are taken ahead, the next sublayer reads, so its
                 index counts.
-    alpha_start the three alphas at the start: how much the token counts at first
-    mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T
+    alpha_start the three alphas at the start. phi starts at 0, so that alpha says how fast the
+                token begins to count
+    mix_start   the eps of the starting matrix (1 - eps) I + (eps / n) 11^T, of the mixers that
+                start there (Mixer.starts_at_blend)
     gates       "bounded", as above; "exp": w = exp(logit), without an upper bound; "free": a and w
                 are b + alpha * tanh(z); "auto": free for an unbounded mixer, else bounded
     mix_scale   a learned factor of M, 1 at the start: "none", one for the "sublayer", or one for
@@ -216,10 +221,7 @@ class HyperConnection(Coefficients):
         if find_mixer(mixer).one_stream:
             raise ValueError(f"{mixer} has one stream: use streams.Residual around its branches")
         check_options(mixer, options)
-        check_between_0_and_1(mix_start=mix_start, read_start=read_start)
-        check_choice("gates", gates, ("auto", "bounded", "exp", "free"))
-        check_choice("sees", sees, SEES)
-        check_choice("mix_scale", mix_scale, ("none", "sublayer", "stream"))
+        check_connection(alpha_start, mix_start, read_start, gates, mix_scale, sees)
 
         squash_mix = not find_mixer(mixer).bounded
         if gates == "auto":
@@ -285,6 +287,11 @@ class HyperConnection(Coefficients):
         if not self.read_ahead:
             by = self.by_tensors if self.stacked else self.by_planes
             return by(streams, branch, *self.coefficients(streams))
+        if streams.input is None:
+            raise ValueError(
+                "the streams have no input to read: a connection that reads ahead needs "
+                "start_streams(..., sees=...), with the sees of the connection"
+            )
         # The branch comes first. With the coefficients in between, the compiler keeps the branch's
         # norm of u in float32 for the backward, although it could compute the norm again from u.
         v = at_least_float32(branch(streams.input))
@@ -294,7 +301,7 @@ class HyperConnection(Coefficients):
     def by_planes(self, streams, branch, read, write, mix):
         """Forward for few streams. read, write, mix: lists of n, n and n^2 planes; no mix for I."""
         x = streams.x
-        a, w, M = matrices_of_planes(read, write, mix)
+        a, w, M = tensors_of_planes(read, write, mix)
         if mix:
             u, mixed = ReadAndMix.apply(x, a, M, *read, *mix)
         else:
@@ -304,21 +311,21 @@ class HyperConnection(Coefficients):
 
     def by_tensors(self, streams, branch, read, write, mix):
         """Forward for many streams: planes are stacked."""
-        a, w, M = matrices_of_stacks(read, write, mix)
+        a, w, M = tensors_of_stacks(read, write, mix)
         v = branch(ReadStacked.apply(streams.x, a))
         new, square = MixWriteStacked.apply(streams.x, v, w, M)
         return Streams(new, square if self.dynamic else None)
 
     def ahead_by_planes(self, streams, v, read, write, mix):
         """As `by_planes`, with the branch's output v (B, T, C), where reads are taken ahead."""
-        matrices, planes = matrices_of_planes(read, write, mix), read + write + mix
-        passed = MixWriteReadAhead.apply(streams.x, v, *matrices, self.seen, *planes)
+        tensors, planes = tensors_of_planes(read, write, mix), read + write + mix
+        passed = MixWriteReadAhead.apply(streams.x, v, *tensors, self.seen, *planes)
         return self.streams_of(*passed)
 
     def ahead_by_tensors(self, streams, v, read, write, mix):
         """As `by_tensors`, with the branch's output v (B, T, C), where reads are taken ahead."""
-        matrices = matrices_of_stacks(read, write, mix)
-        return self.streams_of(*MixWriteReadAheadStacked.apply(streams.x, v, *matrices, self.seen))
+        tensors = tensors_of_stacks(read, write, mix)
+        return self.streams_of(*MixWriteReadAheadStacked.apply(streams.x, v, *tensors, self.seen))
 
     def streams_of(self, new, u, square, *fixed):
         """What a pass that reads ahead returns -> Streams."""
@@ -371,18 +378,18 @@ class ReadOut(Coefficients):
         return ReadAndMix.apply(x, torch.stack(read, -1), None, *read)
 
 
-def matrices_of_planes(read, write, mix):
-    """Lists of planes -> a and w (B, T, n), M (B, T, n, n), or None without planes of it."""
-    return matrices(torch.stack(read + write + mix, -1), len(read))
+def tensors_of_planes(read, write, mix):
+    """Lists of planes -> a and w (B, T, n), M (B, T, n, n). M is None where `mix` is empty: I."""
+    return a_w_M(torch.stack(read + write + mix, -1), len(read))
 
 
-def matrices_of_stacks(read, write, mix):
-    """As `matrices_of_planes`, from tensors (k, B, T). Joined first, they are copied at once."""
+def tensors_of_stacks(read, write, mix):
+    """As `tensors_of_planes`, from tensors (k, B, T). Joined first, they are copied at once."""
     planes = torch.cat([read, write, mix] if len(mix) else [read, write])
-    return matrices(tokens_first(planes), len(read))
+    return a_w_M(tokens_first(planes), len(read))
 
 
-def matrices(values, n):
+def a_w_M(values, n):
     """values (B, T, 2 n + n^2) or (B, T, 2 n), with B = T = 1 if static -> a, w, M or None."""
     a, w, M = values.split([n, n, values.shape[-1] - 2 * n], -1)
     return a, w, M.unflatten(-1, (n, n)) if M.shape[-1] else None
@@ -415,10 +422,19 @@ def scale_rows_stacked(M, logits, n):
     return scale[:, None] * M
 
 
-def check_between_0_and_1(**values):
-    for name, value in values.items():
+def check_connection(alpha_start, mix_start, read_start, gates, mix_scale, sees):
+    """ValueError for a value that no HyperConnection takes."""
+    if not alpha_start > 0:
+        raise ValueError(
+            f"alpha_start must be above 0, not {alpha_start}: phi starts at 0, and with alpha at 0 "
+            "neither gets a gradient"
+        )
+    for name, value in (("mix_start", mix_start), ("read_start", read_start)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+    check_choice("gates", gates, ("auto", "bounded", "exp", "free"))
+    check_choice("mix_scale", mix_scale, ("none", "sublayer", "stream"))
+    check_choice("sees", sees, SEES)
 
 
 def check_choice(name, value, choices):

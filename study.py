@@ -76,7 +76,7 @@ def keep_result(cell, options, gave_up):
         "seed": cell.seed,
         "command": command(cell, options),
         "provenance": {**provenance, "hardware": comparison.hardware(config["device"])},
-        **comparison.measure(records, config["total_batch_tokens"], gave_up),
+        **comparison.summary(records, config["total_batch_tokens"], gave_up),
         "knobs": config,
     }
     cell.result.parent.mkdir(parents=True, exist_ok=True)

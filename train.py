@@ -74,12 +74,12 @@ dropout = 0.0  # 0 is good for pretraining
 bias = False  # in linear layers and layer norms
 mixer = "tbp"  # residual, identity, hc, sinkhorn, permutation, kronecker, tbp, rtbp, or a control
 n_streams = 4  # parallel residual streams; 1 for residual
-dynamic = True  # coefficients depend on the token; False: learned constants of the layer
+dynamic = True  # coefficients depend on the token; False: learned constants of the sublayer
 gates = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
 mix_scale = "none"  # learned factors of M: none; sublayer, one in all; stream, one for each row
 sees = "streams"  # what coefficients see: streams; or input, mean, shares, or some joined by +
 wraps = "sublayer"  # what a hyper-connection goes around: sublayer, or block (both sublayers)
-mix_start = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T
+mix_start = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T; hc and identity: as I
 alpha_start = 0.01  # factor, at the start, of what a token adds to the coefficients' logits
 read_start = 0.7  # weight of the stream that a sublayer reads most, at the start
 embed_scale = 1.0  # a factor of the embedding on its way into the streams
@@ -104,7 +104,7 @@ grad_clip = 1.0  # norm that gradients are clipped to; 0: never
 max_bad_steps = 10  # stop after this many steps in a row with a loss or gradient not finite
 # System
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # of activations: auto (bfloat16 on a GPU that can, else float32), or a torch dtype
+dtype = "auto"  # of activations: bfloat16, float16, float32; auto: bfloat16 on a GPU that can
 compile = True  # blocks and head through torch.compile, in place
 activation_memory_budget = 1.0  # share of the backward's needs that is kept, not computed again
 deterministic = True  # cuda: algorithms whose result does not depend on timing (a CPU's never does)
@@ -114,8 +114,8 @@ hang_minutes = 10.0  # several processes: the run ends when the others wait so l
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
 config = configure(globals(), arguments, extra=OPTIONS)
 # The model's knobs that the user did not name are those of the weights in init_from.
-if shape := warm_start.knobs(init_from, out_dir):
-    config = resolve(Path(__file__), [*shape, *arguments], extra=OPTIONS)
+if of_weights := warm_start.knobs(init_from, out_dir):
+    config = resolve(Path(__file__), [*of_weights, *arguments], extra=OPTIONS)
     globals().update(config)
 
 
@@ -154,9 +154,9 @@ def open_folder(group):
 def build_model(vocab_size):
     """The model at its start, the same on every rank."""
     torch.manual_seed(seed)
-    sizes = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+    knobs = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
     padded = math.ceil(vocab_size / 64) * 64
-    return GPT(GPTConfig(vocab_size=padded, options=options_of(mixer, config), **sizes))
+    return GPT(GPTConfig(vocab_size=padded, options=options_of(mixer, config), **knobs))
 
 
 def compile_model(model, val_blocks, machine):

@@ -13,8 +13,8 @@ from conftest import run
 import curves
 import plots
 from measure import (
-    composite_gains,
     effective_streams,
+    gains_by_depth,
     gram_matrices,
     look_at,
     loss_changes,
@@ -56,7 +56,7 @@ def small_batches(sizes=(3, 2)):
 def test_composite_gains_are_those_of_numpy_products():
     generator = np.random.default_rng(0)
     matrices = list(generator.normal(size=(5, 3, 3)))  # of any sign, and not symmetric
-    gains = composite_gains([torch.from_numpy(M) for M in matrices])
+    gains = gains_by_depth([torch.from_numpy(M) for M in matrices])
     for depth, gain in enumerate(gains):
         first, last = np.eye(3), np.eye(3)
         for M in matrices[: depth + 1]:

@@ -7,7 +7,7 @@ import torch
 from mixers import MIXERS, composite_gain
 from model import GPT, GPTConfig
 from passes import mean_square
-from stacked import ReadStacked
+from stacked_passes import ReadStacked
 from streams import VECTORS, HyperConnection, Streams, fields_seen
 
 LAYERS, CHANNELS, TOKENS = 24, 512, 16  # 48 sublayers

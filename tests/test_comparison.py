@@ -242,7 +242,7 @@ LINES = [
 
 
 def test_what_is_kept_of_a_run():
-    kept = comparison.measure(LINES, total_batch_tokens=128, gave_up=False)
+    kept = comparison.summary(LINES, total_batch_tokens=128, gave_up=False)
     assert (kept["final_loss"], kept["best_loss"], kept["diverged"]) == (5.25, 5.0, False)
     assert (kept["steps"], kept["tokens"], kept["ms_per_step"]) == (4, 512, 12.0)
     assert [e["norm_max"] for e in kept["evaluations"]] == [None, 3.0, 1.0]
@@ -251,5 +251,5 @@ def test_what_is_kept_of_a_run():
 @pytest.mark.parametrize("gave_up, last", [(True, 5.25), (False, None)])
 def test_a_run_that_was_given_up_or_ends_without_a_finite_loss_diverged(gave_up, last):
     lines = [*LINES[:-1], {"step": 4, "val": last, "gain": None}]
-    kept = comparison.measure(lines, total_batch_tokens=128, gave_up=gave_up)
+    kept = comparison.summary(lines, total_batch_tokens=128, gave_up=gave_up)
     assert kept["diverged"] and kept["final_loss"] is None and kept["best_loss"] == 5.0

@@ -83,6 +83,8 @@ def test_a_module_s_defaults_are_the_config_s():
         (dict(dropout=1.0), "dropout must be in"),
         (dict(mixer="permutation", n_streams=9), "9! logits"),
         (dict(mix_start=0.0), "mix_start must lie between 0 and 1, not 0.0"),
+        (dict(read_start=1.5), "read_start must lie between 0 and 1, not 1.5"),
+        (dict(gates="ajar"), "gates must be one of auto, bounded, exp, free, not 'ajar'"),
         (dict(alpha_start=0.0), "alpha_start must be above 0, not 0.0"),
         (dict(embed_scale=0.0), "embed_scale must be above 0, not 0.0"),
         (dict(sees="input"), "readout must be 'learned', not 'mean'"),
@@ -124,4 +126,4 @@ def test_a_module_s_defaults_are_the_config_s():
 )
 def test_bad_configs_are_refused(changes, says):
     with pytest.raises(ValueError, match=says):
-        GPT(GPTConfig(**{**SIZES, **changes}))
+        GPTConfig(**{**SIZES, **changes})

@@ -332,7 +332,7 @@ def test_leading_shapes_and_single_matrices(name):
         (lambda: n_logits("tbp", 1), "n_streams must be at least 2, not 1"),
         (lambda: n_logits("residual", 4), "must be 1, not 4"),
         (lambda: n_logits("permutation", 8), "needs 8! logits"),
-        (lambda: n_logits("kronecker", 22), "needs 11! logits"),
+        (lambda: n_logits("kronecker", 22), "22 has the prime factor 11, so kronecker needs 11! "),
         (lambda: mixing_matrix("tbp", torch.zeros(8), 4), "takes 9 logits in the last dimension"),
         (lambda: mixing_matrix("tbp", torch.tensor(1.0), 4), "scalar"),
         (lambda: mixing_matrix("tbp", torch.zeros(9), 4, rounds=3), "no option 'rounds'"),

@@ -15,10 +15,10 @@ import torch
 
 from passes import (
     FIXED_READS,
+    alpha_of_logits,
     at_least_float32,
     cast,
     fixed_read,
-    gains,
     mean_of_squares,
     mixed_by,
     one_hot_parts,
@@ -67,7 +67,7 @@ class LogitsStacked(torch.autograd.Function):
         if any(squashed):
             squash = squashed_logits(sizes, squashed, y.device)
             z = torch.where(squash, z.tanh(), z)
-        gain = gains(alpha, one_hot_parts(sizes, alpha))
+        gain = alpha_of_logits(alpha, one_hot_parts(sizes, alpha))
         return bias[:, None, None] + gain[:, None, None] * z
 
     @staticmethod

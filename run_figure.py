@@ -1,7 +1,7 @@
 """
 The figure of one run: the matrix of every sublayer as a small map, and four panels by depth.
 
->>> plots.save(Path("analysis.png"), maps.run_figure, found)    # found: analyze.py's `analysis`
+>>> plots.save(Path("analysis.png"), run_figure.draw, found)    # found: analyze.py's `analysis`
 """
 
 import math
@@ -25,7 +25,7 @@ GAP, STRIP = 0.1, 0.22  # between M and its read or write; the width of these tw
 MAP_WIDTH, MAP_HEIGHT = SIDE + GAP + STRIP + 0.3, SIDE + GAP + STRIP + 0.55  # with margins
 
 
-def run_figure(found):
+def draw(found):
     """The whole figure. found: what analyze.py's `analysis` returned."""
     sublayers, ink = found["sublayers"], colour(found["mixer"])
     most = 12 if len(sublayers) <= 48 else 24

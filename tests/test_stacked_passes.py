@@ -10,8 +10,8 @@ from torch._inductor.utils import run_fw_bw_and_get_code
 import stacked_charts
 from compile_options import compiler_options
 from mixers import MIXERS, mixing_matrix
-from stacked import planes_first, tokens_first
 from stacked_charts import kernel_of, row_forward, rtbp_by_sizes, step, tbp_by_rows
+from stacked_passes import planes_first, tokens_first
 from streams import HyperConnection, ReadOut, start_streams
 
 CHANNELS = 24
