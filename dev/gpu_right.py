@@ -1,7 +1,7 @@
 """
 Is the compiled model right on this GPU (or CPU)? Every mixer, and runs that are killed or shared.
 
-    python -m dev.gpu_right --folder=out-gpu        # the same again: what is not checked yet
+    python -m dev.gpu_right --folder=out-gpu        # give it again for what is not checked yet
     python -m dev.gpu_right --folder=out-gpu --mixers=identity,tbp --streams=4
 
 Two questions, in this order:
@@ -13,7 +13,8 @@ Two questions, in this order:
    bfloat16 (autocast): are loss and gradients of the compiled model those of the same model in
    float64? The compiled model may be off by twice as much as the eager one, which only rounds.
 
-A call ends after `seconds`. Results go line by line to FOLDER/right.jsonl; its first line says what
+Question 2 ends after `seconds`, counted from the start of the call; the runs of question 1 have no
+limit. Results go line by line to FOLDER/right.jsonl; its first line says what
 made them. The exit status is 1 if a check failed.
 """
 
@@ -126,7 +127,12 @@ def train_command(out_dir, processes=1, **knobs):
 def train(out_dir, processes=1, **knobs):
     """Run train.py to its end -> what it printed. RuntimeError where it fails."""
     command = train_command(out_dir, processes, **knobs)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ}
+    if "CUDA_VISIBLE_DEVICES" in environment or torch.cuda.is_available():
+        # One GPU, so that two processes take gloo: nccl cannot share a GPU.
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -17,6 +17,7 @@ with bytes and time, to compare with dev.h100.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -74,20 +75,25 @@ def bench_command(group, first):
 
 
 def run_until(command, deadline):
-    """Run the command; kill its processes at the deadline. -> whether it ended well before that."""
+    """Run the command; kill its processes at the deadline. Raises RunError where it fails."""
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        return process.wait(timeout=max(0.0, deadline - time.time())) == 0
+        status = process.wait(timeout=max(0.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return False
+        return
+    if status:
+        raise runtime.RunError(
+            f"bench.py ended with status {status}; its message is above. The command was: "
+            + shlex.join(command)
+        )
 
 
 def measured(group, commit):
     """The report of a group if all of it is measured, else None.
 
-    ValueError if it was measured at another commit.
+    ValueError if it was measured at another commit, or with other knobs.
     """
     path = result_path(group)
     if not path.exists():
@@ -98,6 +104,11 @@ def measured(group, commit):
             f"{path} was measured at commit {report['provenance']['commit']}, and this is {commit};"
             " change --folder"
         )
+    other = [name for name in OF_BENCH if report["config"][name] != config[name]]
+    if other:
+        then = ", ".join(f"{name} = {report['config'][name]!r}" for name in other)
+        now = ", ".join(f"{name} = {config[name]!r}" for name in other)
+        raise ValueError(f"{path} was measured with {then}, and now {now}; change --folder")
     names = {row["mixer"] for row in report["rows"] if "tok_s" in row}
     return report if names >= set(group.split(",")) else None
 
@@ -144,9 +155,10 @@ def main():
 
     for report in reports[:1]:
         print("machine: " + json.dumps(report["machine"]) + f", commit {commit}")
-        with_kernels = [row for row in report["rows"] if row.get("kernels")]
-        if with_kernels:  # the last is of the mixer, the ones before of the yardsticks
-            print_table(kernel_rows(with_kernels[-1])[:20], KERNELS)
+        first = groups.replace(",", " ").split()[0]
+        rows = [row for row in report["rows"] if row["mixer"] == first and row.get("kernels")]
+        if rows:
+            print_table(kernel_rows(rows[0])[:20], KERNELS)
     if reports:
         print_table(table_rows(reports), COLUMNS)
     if left:

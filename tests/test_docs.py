@@ -1,12 +1,18 @@
-"""The Python snippets of README.md and CONTRIBUTING.md run as they stand."""
+"""The Python snippets of README.md and CONTRIBUTING.md run as they stand, and the commands that
+train have knobs that fit each other."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from batches import sequences_per_step
+from configurator import resolve
+from mixers import OPTIONS
 
 
 def snippets(name):
@@ -33,6 +39,38 @@ def test_each_snippet_of_the_readme_runs_by_itself(tmp_path):
     assert codes
     for code in codes:
         run_in(tmp_path, "-c", pasted(code))
+
+
+def training_commands(name):
+    """-> for each command of train.py in a file, the number of processes and the arguments."""
+    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        if " train.py " in line:
+            words = shlex.split(line.replace("$SLURM_NNODES", "2"), comments=True)
+            launcher = dict(word.split("=", 1) for word in words if word.startswith("--n"))
+            count = int(launcher.get("--nnodes", 1)) * int(launcher.get("--nproc_per_node", 1))
+            arguments = words[words.index("train.py") + 1 :]
+            found.append((count, [word for word in arguments if not word.endswith(">")]))
+    return found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "dev/many_machines.md"])
+def test_commands_that_train_have_knobs_that_fit(name):
+    """A step's tokens go evenly over the processes; and none is refused since its folder has the
+    run of another command of the file."""
+    commands, folders = training_commands(name), []
+    assert commands
+    for processes, arguments in commands:
+        words = [word for word in arguments if word.startswith(("-", "config/"))]
+        knobs = resolve(ROOT / "train.py", words, extra=OPTIONS)
+        sizes = [knobs[name] for name in ("total_batch_tokens", "batch_size", "block_size")]
+        sequences_per_step(*sizes, processes)
+        if knobs["init_from"] == "scratch":
+            folders.append(knobs["out_dir"])
+    assert name == "dev/many_machines.md" or len(folders) == len(set(folders))
 
 
 @pytest.fixture

@@ -114,24 +114,29 @@ def test_results_of_another_commit_are_not_continued(script, monkeypatch, tmp_pa
 # ---- speed ---------------------------------------------------------------------------------------
 
 
-def report_of(commit, *mixers):
+def report_of(commit, config, *mixers):
+    """Of bench.py; the first mixer has kernels, and the others have one of their own."""
     rows = [{"mixer": name, "n_streams": 4, "tok_s": 1000.0} for name in ("residual", *mixers)]
     kernels = [
         {"kernel": "triton_a", "bytes": 2 * 10**6, "largest": 9, "launches": 4, "ms": 0.004},
         {"kernel": "triton_b", "bytes": 10**6, "largest": 9, "launches": 1, "ms": 0.01},
     ]
-    rows[-1] |= {"kernels": kernels, "peak_memory_bytes": 3 * 10**9}
-    return {"provenance": {"commit": commit}, "machine": {"gpu": "G"}, "rows": rows}
+    for row in rows[1:]:
+        row |= {"kernels": kernels[:1], "peak_memory_bytes": 3 * 10**9}
+    rows[1]["kernels"] = kernels
+    about = {"provenance": {"commit": commit}, "machine": {"gpu": "G"}, "config": config}
+    return about | {"rows": rows}
 
 
 def test_speed_runs_what_is_left_and_tells_what_is_not_done(script, monkeypatch, capsys):
-    module = script("gpu_speed", "--groups=tbp hc,rows", "--seconds=50")
+    module = script("gpu_speed", "--groups=tbp,identity hc,rows", "--seconds=50")
     commit, commands = module.runtime.provenance()["commit"], []
 
     def first_group_only(command, deadline):
         commands.append(command)
         if len(commands) == 1:
-            module.result_path("tbp").write_text(json.dumps(report_of(commit, "tbp")))
+            report = report_of(commit, module.config, "tbp", "identity")
+            module.result_path("tbp,identity").write_text(json.dumps(report))
 
     monkeypatch.setattr(module, "run_until", first_group_only)
     module.main()
@@ -148,20 +153,25 @@ def test_speed_runs_what_is_left_and_tells_what_is_not_done(script, monkeypatch,
     module.main()
     assert len(commands) == 3 and "--mixers=hc,rows" in commands[2]  # tbp is there already
 
-    path = module.result_path("tbp")
-    path.write_text(json.dumps(report_of("abc", "tbp")))
+    path = module.result_path("tbp,identity")
+    path.write_text(json.dumps(report_of("abc", module.config, "tbp", "identity")))
     with pytest.raises(ValueError, match="was measured at commit abc.*change --folder"):
+        module.main()
+    other = module.config | {"batch_size": 99}
+    path.write_text(json.dumps(report_of(commit, other, "tbp", "identity")))
+    with pytest.raises(ValueError, match="with batch_size = 99, and now .*change --folder"):
         module.main()
 
 
 @pytest.mark.quick
 def test_nothing_outlives_the_deadline(script, tmp_path):
     run_until = script("gpu_speed").run_until
-    assert run_until([sys.executable, "-c", ""], time.time() + 60)
-    assert not run_until([sys.executable, "-c", "raise SystemExit(1)"], time.time() + 60)
+    run_until([sys.executable, "-c", ""], time.time() + 60)
+    with pytest.raises(RuntimeError, match="status 3; .*raise SystemExit"):
+        run_until([sys.executable, "-c", "raise SystemExit(3)"], time.time() + 60)
     grandchild = "sleep 1000 & echo $! > pid; wait"
     began = time.time()
-    assert not run_until(["sh", "-c", f"cd {tmp_path}; {grandchild}"], time.time() + 1)
+    run_until(["sh", "-c", f"cd {tmp_path}; {grandchild}"], time.time() + 1)
     assert time.time() - began < 30
     pid = (tmp_path / "pid").read_text().strip()
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout
