@@ -25,14 +25,16 @@ CONTROLS = [i for i in range(32) if chr(i) not in "\t\n\f\r"]
 
 def fetch(dataset, out, train_shards, revision, command):
     """Fetches ready-made shards into the folder `out` and describes them. A file that is there is
-    not fetched again. train_shards: how many of the training shards; None: all. DataError."""
+    not fetched again. train_shards: how many of the training shards; None: all. revision: of the
+    data set; None: any that is there, else the newest. Raises DataError."""
     if (out / META).exists():
         source = read_meta(out)["source"]
-        if (source.get("dataset"), source.get("train_shards")) != (dataset, train_shards):
+        there = [source.get(name) for name in ("dataset", "train_shards", "revision")]
+        if there != [dataset, train_shards, revision or there[2]]:
             raise DataError(
-                f"{out} has {source.get('train_shards') or 'all'} training shards of "
-                f"{source.get('dataset')}; pass another --out, or: rm "
-                f"{shlex.quote(str(out / META))}; {brief(command)}"
+                f"{out} has {there[1] or 'all'} training shards of {there[0]}, revision "
+                f"{there[2]}; pass another --out, or: rm {shlex.quote(str(out / META))}; "
+                f"{brief(command)}"
             )
         print(f"{out} is already prepared: {verify(out):,} tokens, every checksum as it should be")
         return

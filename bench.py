@@ -155,7 +155,7 @@ def check_knobs():
     """ValueError for what nothing can be measured with."""
     on_cpu = runtime.pick_device(device).type == "cpu"
     if clock not in CLOCKS or clock == "processor" and not on_cpu:
-        raise ValueError(f"clock must be wall, or on a CPU processor, not {clock!r}")
+        raise ValueError(f"clock must be wall, or processor (with --device=cpu), not {clock!r}")
     at_least(config, 1, "steps", "warmup", "batch_size")
     at_least(config, 0, "rounds")
     if not (rounds or fresh):

@@ -70,7 +70,8 @@ def save(out_dir, state, *, keep, best):
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a short archive
         raise RunError(
             f"{path}: the checkpoint could not be written ({error}). The ones before it are "
-            "unchanged. Free some space, then go on with --init_from=resume"
+            "unchanged. Free some space, or make the folder writable, and run the same command "
+            "again; train.py goes on with --init_from=resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -410,11 +411,17 @@ class Metrics:
     def __init__(self, out_dir, step, trackers=()):
         self.trackers = trackers
         self.path = Path(out_dir) / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if step is not None and _step_of(line) <= step]
-            write_atomic(self.path, *kept)
-        self.file = open(self.path, "ab", buffering=0)  # a line at a time: a kill loses none
+        try:
+            if self.path.exists():
+                lines = self.path.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if step is not None and _step_of(line) <= step]
+                write_atomic(self.path, *kept)
+            self.file = open(self.path, "ab", buffering=0)  # a line at a time: a kill loses none
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: could not be opened ({error.strerror}). Make it writable, or name "
+                "another --out_dir"
+            ) from error
 
     def write(self, **record):
         record = finite(record)

@@ -34,6 +34,9 @@ from runtime import RunError, provenance, run_script
 from tokenizer import describe, sizes
 
 OURS = "mixed_residual_streams"  # the key in config.json of what only this project knows
+OF_CHARACTERS = (
+    "the folder of a data set: for nanoGPT's characters, the one that prepare_data.py --adopt made"
+)
 
 
 def main():
@@ -55,7 +58,7 @@ def parse():
     command = commands.add_parser("import", help="weights of others -> a checkpoint of ours")
     command.add_argument("source", help=f"{', '.join(pretrained.HUB)}, a folder or a file")
     command.add_argument("out_dir", help="folder for the checkpoint")
-    command.add_argument("--tokenizer", help="of the weights, if unknown: gpt2, bytes, …")
+    command.add_argument("--tokenizer", help="if nothing tells it: gpt2, bytes, …, or a folder")
 
     command = commands.add_parser("export", help="a checkpoint of ours -> safetensors and config")
     command.add_argument("source", help="a run's folder or a checkpoint")
@@ -72,7 +75,7 @@ def parse():
         "--most_off",
         type=float,
         default=1e-3,
-        help="refuse if an entry of M at the biases is off by more (default 0.001)",
+        help="refuse if the new M, before a token adds to it, is off by more (default 0.001)",
     )
     for name, option in OPTIONS.items():
         command.add_argument(f"--{name}", type=type(option.default), help=option.comment)
@@ -149,7 +152,7 @@ def import_weights(source, out_dir, tokenizer):
     for note in weights.notes:
         print(note)
     if about["n_vocab"] > vocab_size:
-        print(f"token {vocab_size}, the end of text, is new: its embedding is at its start")
+        print(f"the weights have no end of text: token {vocab_size} is new, its embedding random")
     save(out_dir, model, about)
 
 
@@ -169,16 +172,18 @@ def read_exported(config_file, model_config):
 def tokens_of(source, vocab_size, tokenizer):
     """-> (description, number of tokens) of the tokenizer of imported weights. Raises ValueError.
 
-    tokenizer: what prepare_data.py takes, or the folder of a data set with this tokenizer, or None.
+    tokenizer: a name or a tokenizer.json, as prepare_data.py takes them; or the folder of a data
+    set with this tokenizer; or None.
     """
     if tokenizer is None and vocab_size in pretrained.GPT2_VOCABULARY:
         tokenizer = "gpt2"
     if tokenizer is None:
         raise ValueError(
             f"{source}: nothing tells the tokenizer of its {vocab_size:,} tokens. Pass "
-            "--tokenizer=gpt2, bytes or what else prepare_data.py takes, or the folder of a data "
-            "set: for nanoGPT's characters, the one that prepare_data.py --adopt made"
+            f"--tokenizer=gpt2, bytes, another name or a tokenizer.json, or {OF_CHARACTERS}"
         )
+    if tokenizer == "chars":
+        raise ValueError(f"--tokenizer=chars does not tell which characters: name {OF_CHARACTERS}")
     is_data_set = Path(tokenizer).is_dir()
     description = read_meta(tokenizer)["tokenizer"] if is_data_set else describe(tokenizer)
     n_vocab, _ = sizes(description)
@@ -205,7 +210,8 @@ def export(source, folder):
     path, state, model = load(source)
     ours = {name: state[name] for name in ("tokenizer", "n_vocab", "step", "provenance")}
     if is_plain(model.config):
-        tensors, config = as_gpt2(model, ours["n_vocab"])
+        _, eot_token = sizes(ours["tokenizer"])
+        tensors, config = as_gpt2(model, eot_token)
         loads = "GPT2LMHeadModel.from_pretrained of transformers loads it"
     else:
         ours["model_config"] = asdict(model.config)
@@ -232,10 +238,11 @@ def is_plain(config):
     )
 
 
-def as_gpt2(model, n_vocab):
+def as_gpt2(model, eot_token):
     """A residual model -> the tensors and the config.json of transformers' GPT2LMHeadModel.
 
-    GPT-2 has biases everywhere: where the model has none, they are zeros.
+    eot_token: the id of the end of text, with which every document begins. GPT-2 has biases
+    everywhere: where the model has none, they are zeros.
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -259,8 +266,8 @@ def as_gpt2(model, n_vocab):
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
-        "bos_token_id": n_vocab - 1,  # the end of text, with which every document begins
-        "eos_token_id": n_vocab - 1,
+        "bos_token_id": eot_token,
+        "eos_token_id": eot_token,
         "tie_word_embeddings": True,
     }
 

@@ -67,7 +67,7 @@ def find_files(patterns):
         paths += files
     if nothing:
         shown = brief(", ".join(map(repr, nothing)), 500)
-        raise DataError(f"--files: no file is found by {shown}")
+        raise DataError(f"--files: no file is found by {shown}, looked for from {os.getcwd()}")
 
     unique = []
     for path in sorted(paths):

@@ -111,8 +111,9 @@ def write_atomic(path, *parts):
             os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "Make its folder writable, or name another one"
+        no_place = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, *no_place):
+            remedy = "Make its folder, make it writable, or name another one"
         else:
             size = sum(memoryview(part).nbytes for part in parts)
             remedy = f"Free {size:,} bytes and run this again"
@@ -304,8 +305,8 @@ def _remedy(directory):
     return f"start over: rm -rf {shlex.quote(str(directory))}; {command}"
 
 
-def _open_shard(directory, shard):
-    """shard: its entry in meta.json. -> its tokens, as read_shard."""
+def open_shard(directory, shard):
+    """shard: its entry in meta.json. -> its tokens, as read_shard. Raises DataError."""
     path = Path(directory).expanduser() / shard["file"]
     tokens = read_shard(path)
     if len(tokens) != shard["tokens"]:
@@ -317,7 +318,7 @@ def _open_shard(directory, shard):
 
 
 def allow_open_files(count):
-    """Raises this process's limit of open files, often 1024, to `count` or as near as the system
+    """Lifts this process's limit of open files, often 1024, to `count` or as near as the system
     allows: FineWeb 100B has 1031 shards. Windows has no such limit for mapped files."""
     try:
         import resource
@@ -340,7 +341,7 @@ def verify(directory, rank=0, world_size=1):
     shards = shards[rank::world_size]
     for shard in shards:
         path = Path(directory) / shard["file"]
-        crc, largest = scan(_open_shard(directory, shard))
+        crc, largest = scan(open_shard(directory, shard))
         if crc != shard["crc32"]:
             raise DataError(
                 f"{path}: checksum {crc}, but {META} says {shard['crc32']}; {_remedy(path.parent)}"
@@ -382,7 +383,7 @@ class TokenBlocks:
             raise DataError(f"block_size={block_size} must be at least 1, seed={seed} at least 0")
 
         allow_open_files(256 + sum(len(part["shards"]) for part in splits.values()))
-        self._shards = [_open_shard(directory, shard) for shard in splits[split]["shards"]]
+        self._shards = [open_shard(directory, shard) for shard in splits[split]["shards"]]
         blocks_of = [(len(tokens) - 1) // block_size for tokens in self._shards]
         self._ends = np.cumsum(blocks_of).tolist()  # the number of blocks up to each shard's end
         self.n_blocks = sum(blocks_of)

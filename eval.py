@@ -33,9 +33,9 @@ import compiler
 import scoring
 from configurator import at_least, configure
 from corpus import ask_hub, read_whole
-from data import DataError, brief, probe, read_meta, read_shard, write_json
+from data import DataError, brief, open_shard, probe, read_meta, write_json
 from runtime import pick_autocast, pick_device, provenance, run_script
-from tokenizer import tokenizer_name
+from tokenizer import same_tokens, tokenizer_name
 from trained import activation_dtype, open_trained
 
 # The model
@@ -98,18 +98,20 @@ def read_data_set(folder, trained, block_size):
     meta = read_meta(folder)
     if split not in meta["splits"]:
         raise DataError(f"{data}: no split {split!r}, there are {', '.join(meta['splits'])}")
-    name = tokenizer_name(meta["tokenizer"])
-    if name != trained.about["tokenizer"]:
+    if not same_tokens(meta["tokenizer"], trained.description):
         raise DataError(
-            f"{data} has tokens of {name}, and the model knows those of "
-            f"{trained.about['tokenizer']}; evaluate a text file, or prepare the text again"
+            f"{data} has tokens of {tokenizer_name(meta['tokenizer'])}, and the model knows those "
+            f"of {trained.about['tokenizer']}; evaluate a text file, or prepare the text again"
         )
     pieces = []
     for shard in meta["splits"][split]["shards"]:
-        tokens = read_shard(os.path.join(folder, shard["file"]))
+        tokens = open_shard(folder, shard)
         pieces.append(tokens[: (len(tokens) - 1) // block_size * block_size + 1])
     if all(len(piece) < 2 for piece in pieces):
-        raise DataError(f"{data}: no shard of split {split!r} has a block of {block_size} tokens")
+        raise DataError(
+            f"{data}: no shard of split {split!r} has a block of {block_size} tokens; evaluate a "
+            "text file, or prepare more text"
+        )
     return pieces, {"data": data, "split": split, "shards": checkpoints.fingerprint(meta)}
 
 

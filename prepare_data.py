@@ -328,10 +328,11 @@ def parse(argv):
     add("--skip-unusable", action="store_true", help="count what cannot be used, do not stop")
     tokenizers = "gpt2 (default), another of tiktoken's, a tokenizer.json, chars, or bytes"
     add("--tokenizer", help=tokenizers + " (default for stdlib), which needs no download")
-    add("--name", help="of the folder in data/")
+    add("--name", help="of the folder in data/ (default: of the first of --files, or the data set)")
     add("--out", type=path_of, help="the folder itself (default data/NAME)")
     add("--shard-tokens", type=int, help="tokens in each shard (default 100,000,000)")
-    add("--val-share", type=float, help="share of val (default 0.0005 for the Hub, else 0.05)")
+    share = "share of the text that is kept for validation (default 0.0005 for the Hub, else 0.05)"
+    add("--val-share", type=float, help=share)
     workers = min(os.cpu_count(), 61)  # 61: Windows' limit
     add("--workers", type=int, default=workers, help=f"processes that tokenise (default {workers})")
     args = parser.parse_args(argv)
@@ -437,7 +438,10 @@ def main(argv=None):
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues after the last whole shard")
+        goes_on = "continues after the last whole shard"
+        if args.kind == "adopt":
+            goes_on = "begins again"
+        sys.exit(f"stopped; the same command {goes_on}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from checkpoint import load_tensors
 from data import probe
 from model import GPT, GPTConfig
-from tokenizer import tokenizer_name
+from tokenizer import same_tokens, tokenizer_name
 
 # n_layer, n_head and n_embd by the names that OpenAI's weights have on the Hub.
 HUB = {
@@ -35,7 +35,6 @@ HUB = {
     "gpt2-xl": (48, 25, 1600),
 }
 GPT2_VOCABULARY = (50257, 50304)  # how many tokens GPT-2 has; the same, padded as in nanoGPT
-GPT2_TOKENIZERS = ("gpt2", "r50k_base")  # two names for the same ids
 
 # What config.json may say besides the sizes: the values of the model that model.py computes.
 ARCHITECTURE = {
@@ -135,7 +134,7 @@ def start_from(source, model, meta):
     weights = read_weights(source)
     vocab_size = weights.sizes["vocab_size"]
     known = vocab_size in GPT2_VOCABULARY
-    if known and meta["tokenizer"] not in GPT2_TOKENIZERS:
+    if known and not same_tokens(meta["tokenizer"], "gpt2"):
         raise ValueError(
             f"the weights of {source} know GPT-2's tokens, and the data set's are of another "
             f"tokenizer, {tokenizer_name(meta['tokenizer'])}. Prepare the text again: "
@@ -382,7 +381,8 @@ def build(weights, **changes):
 def load_weights(model, weights):
     """Copy Weights into the branches and embeddings of a model with any mixer -> notes, lines.
 
-    The n-stream model then computes what the weights' own model computes. Positions beyond
+    If the connections are at their start, the model then computes what the weights' own model
+    computes. Positions beyond
     block_size are left out, and a note says so. The model's rows for tokens that the weights do not
     have stay as they are. Raises ValueError where sizes or shapes differ.
     """

@@ -27,7 +27,7 @@ from data import TokenBlocks
 from mixers import find_mixer, mixing_logits, mixing_matrix, start_logits
 from model import GPT
 from streams import HyperConnection
-from tokenizer import tokenizer_name
+from tokenizer import same_tokens, tokenizer_name
 
 AT_ONCE = 1024  # tokens in a batch on which the models are compared
 
@@ -161,7 +161,7 @@ def sequences(block_size, tokenizer, n_vocab, data, tokens):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(n_vocab, (count, block_size), generator=generator), None
     blocks = TokenBlocks(data, "val", block_size)
-    if blocks.meta["tokenizer"] != tokenizer:
+    if not same_tokens(blocks.meta["tokenizer"], tokenizer):
         raise ValueError(
             f"{data} has tokens of {tokenizer_name(blocks.meta['tokenizer'])}, and the "
             f"checkpoint is of {tokenizer_name(tokenizer)}; name another --data"

@@ -336,7 +336,8 @@ def init_distributed(device, patience):
             f"of {world_size} processes, rank {', '.join(map(str, missing))} did not come within "
             f"{patience:.0f} s; the logs of their machines tell why"
         )
-    # Twice the watchdog's time: unlike torch, it names the rank that the others wait for.
+    # Twice the watchdog's time, so that the watchdog ends the job first: it names the rank that the
+    # others wait for, and torch does not.
     longest = timedelta(seconds=2 * patience)
     dist.init_process_group(
         pick_backend(device), store=store, rank=rank, world_size=world_size, timeout=longest
@@ -347,7 +348,7 @@ def init_distributed(device, patience):
 
 
 def pick_backend(device):
-    """nccl for GPUs, if each process of this machine has its own, as nccl needs; else gloo."""
+    """nccl, which needs a GPU for each process, where this machine has that many; else gloo."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda" and processes <= torch.cuda.device_count():
         return "nccl"

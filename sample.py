@@ -7,8 +7,9 @@ Text from a checkpoint; the tokenizer is the one that the checkpoint was trained
     python sample.py --out_dir=out/tbp --prompts=prompts.jsonl --out=completions.jsonl
     python sample.py --init_from=gpt2 --start="The residual stream"
 
-A sample depends on its prompt, the seed and its number, and not on the other samples of a batch: a
-prompt in a file gives the same samples as the same prompt given by --start.
+A sample depends on its prompt, the seed and its number, and not on the other samples of a batch,
+except for rounding (generate.py): a prompt in a file gives the same samples as the same prompt
+given by --start.
 
 A file of prompts has a prompt on each line; an empty line is the beginning of a document. Where its
 name ends in .jsonl, a line is an object with a "prompt". Its other fields come back in the lines of
@@ -81,10 +82,13 @@ def read_rows():
     lines = read_whole(prompts).removesuffix("\n").split("\n")
     if not prompts.endswith(".jsonl"):
         return [{"prompt": clean(line)} for line in lines]
-    return [read_json(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [parse_row(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f'{prompts} has no prompt; write a line such as {{"prompt": "Once"}}')
+    return rows
 
 
-def read_json(line, number):
+def parse_row(line, number):
     """A line of a .jsonl file -> {"prompt": text, ...}. Raises ValueError."""
     where = f"{prompts}, line {number}"
     try:

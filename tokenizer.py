@@ -41,6 +41,7 @@ KNOWN_SIZES = {  # (n_vocab, eot_token), which `sizes` tells without a download
     "p50k_base": (50281, 50256),
     "p50k_edit": (50284, 50256),
 }
+GPT2_TOKENIZERS = ("gpt2", "r50k_base")  # two names for the same ids
 TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
 
 # What tokenizer.json files call the token that ends a text, the most frequent name first.
@@ -92,6 +93,12 @@ def sizes(description):
         return KNOWN_SIZES[description]
     codec = get_tokenizer(description)
     return codec.n_vocab, codec.eot_token
+
+
+def same_tokens(one, other):
+    """Whether two descriptions give the same ids to a text."""
+    names = [tokenizer_name(description) for description in (one, other)]
+    return names[0] == names[1] or all(name in GPT2_TOKENIZERS for name in names)
 
 
 def get_tokenizer(description):
@@ -195,7 +202,8 @@ class CharacterTokenizer(Tokenizer):
         except KeyError as error:
             raise DataError(
                 f"the character {error.args[0]!r} is none of the {len(self.characters)} that the "
-                f"corpus had: {brief(self.characters)}"
+                f"corpus had: {brief(self.characters)}; leave it out, or train on a data set with "
+                "--tokenizer bytes"
             ) from error
 
     def decode_bytes(self, ids):
@@ -305,9 +313,9 @@ def _is_cached(name):
 
 
 def _fetch_remedy(name):
-    folder = _cache_folder() or "its disabled cache"
+    looked = f", and they are not in {_cache_folder()}" if _cache_folder() else ""
     return (
-        f"tiktoken fetches the files of {name} there unless it finds them in {folder} (set "
-        "TIKTOKEN_CACHE_DIR to a folder that has them); offline: python prepare_data.py "
-        "--tokenizer bytes"
+        f"tiktoken fetches the files of {name} from {TIKTOKEN_HOST}{looked}; without a network, "
+        "set TIKTOKEN_CACHE_DIR to a folder that has them, or prepare a data set with --tokenizer "
+        "bytes"
     )

@@ -24,6 +24,7 @@ DEFAULTS = ("out", "latest")  # of the knobs out_dir and checkpoint, in the scri
 class Trained(NamedTuple):
     model: GPT  # in eval mode, on the device
     tokenizer: Any
+    description: Any  # of the tokenizer, see tokenizer.py
     n_vocab: int  # ids that the tokenizer has; what lies beyond is padding
     title: str  # where the model comes from, in a line
     about: dict  # the same, for a file of results
@@ -53,7 +54,9 @@ def open_trained(out_dir, checkpoint, init_from, device):
     }
     title = f"{path}: step {state['step']}, {about['mixer']}, {about['tokenizer']} tokens"
     tokenizer = get_tokenizer(state["tokenizer"])
-    return Trained(model.to(device).eval(), tokenizer, state["n_vocab"], title, about)
+    return Trained(
+        model.to(device).eval(), tokenizer, state["tokenizer"], state["n_vocab"], title, about
+    )
 
 
 def open_gpt2(source, device):
@@ -69,7 +72,7 @@ def open_gpt2(source, device):
     about = {"checkpoint": source, "step": None, "mixer": "residual", "n_streams": 1}
     about |= {"tokenizer": "gpt2", "made_by": None}
     title = f"{source}: weights of GPT-2's kind, residual, gpt2 tokens"
-    return Trained(model.to(device), tokenizer, tokenizer.n_vocab, title, about)
+    return Trained(model.to(device), tokenizer, "gpt2", tokenizer.n_vocab, title, about)
 
 
 def find_checkpoint(out_dir, checkpoint):

@@ -7,7 +7,8 @@ The weights that a new run begins with: a checkpoint of ours, or GPT-2's kind (p
 
 A run's folder means its best.pt, or its newest checkpoint where there is no best.pt. The new run
 begins at step 0 with a new optimizer, and has its own data, schedule, dropout and weight decay.
-Knobs of the model that the user does not name are the checkpoint's; other values are refused.
+Knobs of the model that the user does not name are the checkpoint's. A value that differs from the
+checkpoint's is refused, except for block_size, dropout and stream_dtype.
 
 With auto: before the weights, the same command begins the run and, once the run has a checkpoint,
 continues it. The model's knobs are then the run's, and the weights are not read again.
@@ -25,7 +26,7 @@ import checkpoint
 import pretrained
 from model import GPTConfig
 from runtime import RunError
-from tokenizer import tokenizer_name
+from tokenizer import same_tokens, tokenizer_name
 
 NO_WEIGHTS = ("scratch", "resume", "auto")  # values of the knob init_from that name no weights
 AUTO = "auto:"  # before weights: resume if there is a run
@@ -42,7 +43,7 @@ def weights_of(init_from, out_dir):
 
 
 def goes_on(init_from, out_dir):
-    """Whether init_from is auto: and weights, and the run in out_dir has a checkpoint."""
+    """Whether init_from is auto:WEIGHTS, and the run in out_dir has a checkpoint."""
     return init_from.startswith(AUTO) and bool(checkpoint.checkpoints(out_dir))
 
 
@@ -122,8 +123,7 @@ def find(source):
 def check_tokens(path, state, meta):
     """Raises ValueError unless the weights and the data set have the same tokens."""
     then, now = state["tokenizer"], meta["tokenizer"]
-    both_gpt2 = then in pretrained.GPT2_TOKENIZERS and now in pretrained.GPT2_TOKENIZERS
-    if tokenizer_name(then) != tokenizer_name(now) and not both_gpt2:
+    if not same_tokens(then, now):
         raise ValueError(
             f"{path} was trained on tokens of {tokenizer_name(then)}, and the data set's are of "
             f"{tokenizer_name(now)}, so that every id would mean something else. Prepare the texts "
@@ -140,8 +140,11 @@ def check_model(path, then, now):
     listed = ", ".join(f"{name} is {then[name]!r} there and {now[name]!r} here" for name in wrong)
     remedy = "Leave these knobs out, and they are the checkpoint's"
     if "mixer" in wrong or "n_streams" in wrong:
-        other = f"--mixer={now['mixer']} --n_streams={now['n_streams']}"
-        remedy = f"Convert it first: python convert.py mixer {path} out/converted {other}"
+        if now["n_streams"] > 1 and then["n_streams"] in (1, now["n_streams"]):
+            other = f"--mixer={now['mixer']} --n_streams={now['n_streams']}"
+            remedy = f"Convert it first: python convert.py mixer {path} out/converted {other}"
+        else:
+            remedy += f": no conversion takes {then['n_streams']} streams to {now['n_streams']}"
     raise ValueError(f"{path} is of another model: {listed}. {remedy}")
 
 

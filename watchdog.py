@@ -122,7 +122,7 @@ def end(reason):
     this machine has said it."""
     if reason:
         print(
-            f"RunError: {reason}, so this run ends. Look after that process and its machine, then "
+            f"RunError: {reason}, so this run ends. Look at that process and its machine, then "
             "go on with --init_from=resume. --hang_minutes sets how long a run waits",
             file=sys.stderr,
             flush=True,

@@ -30,6 +30,7 @@ def main(unpacked, out):
     documents = novels(unpacked / NOVELS) + faq(unpacked / FAQ)
     documents = [text for text in documents if len(text) >= SHORTEST]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(lines)
     characters = sum(map(len, documents))
     digest = hashlib.sha256(lines.encode()).hexdigest()

@@ -230,7 +230,7 @@ def reach_figure(found, steps):
     figure = plots.new_figure(2.0 * len(found) + 0.8)
     grid = figure.subplots(len(found), len(TARGETS), sharex=True, sharey=True, squeeze=False)
     for row, (n, mixers) in zip(grid, found.items()):
-        row[0].set_ylabel(f"n = {n}\ndistance from M")
+        row[0].set_ylabel(f"n = {n}\ndistance from target")
         for axes, kind in zip(row, TARGETS):
             for name, of_mixer in mixers.items():
                 ink = plots.colour(name)

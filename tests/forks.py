@@ -1,6 +1,6 @@
 """Scripts in forks of one process that has imported torch, which takes seconds, before they run.
 
-start() and run() of conftest.py go through here. The server is this file as a program: it forks
+run() and run_ranks() of conftest.py go through here. The server is this file as a program: it forks
 once for each script, and tells how the forks ended.
 """
 

@@ -145,7 +145,7 @@ def test_rows_for_budgets_and_both_kinds_of_algorithms(bench):
         ("--budgets=1,half", "such as 1.0,0.5,0.0, not '1,half'"),
         ("--sweep_streams=2,2.5", "sweep_streams must be numbers with commas between"),
         ("--activation_memory_budget=2", "lies between 0 and 1; these are [2.0]"),
-        ("--clock=sun", "clock must be wall, or on a CPU processor, not 'sun'"),
+        ("--clock=sun", "clock must be wall, or processor (with --device=cpu), not 'sun'"),
         ("--steps=0", "steps must be at least 1, not 0"),
         ("--batch_size=0", "batch_size must be at least 1, not 0"),
         ("--rounds=-1", "rounds must be at least 0, not -1"),

@@ -293,3 +293,10 @@ def test_the_interval_map_that_is_gone_is_refused(tiny, tmp_path):
     says = f"{path}: its interval_map is 'scaled', and only 'plain' is left"
     assert says in run("sample.py", f"--checkpoint={path}", ok=False)
     assert says in run(*tiny, "--init_from=resume", ok=False)
+
+
+def test_metrics_that_cannot_be_opened_are_a_run_error(tmp_path):
+    """Other ranks wait for this one: on_all_ranks passes a RunError on, and no OSError."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match="metrics.jsonl: could not be opened .*--out_dir"):
+        checkpoint.Metrics(tmp_path, None)

@@ -114,13 +114,15 @@ def test_characters_without_an_end_of_text_get_one(command, tmp_path, tokens):
     said = command(
         "import", tmp_path / "ckpt.pt", tmp_path / "out", f"--tokenizer={tmp_path / 'chars'}"
     )
-    assert "token 61, the end of text, is new" in said
+    assert "no end of text: token 61 is new" in said
     model = read(tmp_path / "out")
     expected = gpt2_logits(without_prefix(gpt2_weights()), tokens % 61)
     assert model.config.vocab_size == 62
     assert (logits(model, tokens % 61)[..., :61] - expected).abs().max() < 1e-4
     with pytest.raises(ValueError, match="--tokenizer=gpt2 has 50,257 tokens"):
         command("import", tmp_path / "ckpt.pt", tmp_path / "other", "--tokenizer=gpt2")
+    with pytest.raises(ValueError, match="does not tell which characters: name the folder"):
+        command("import", tmp_path / "ckpt.pt", tmp_path / "other", "--tokenizer=chars")
 
 
 def test_weights_of_gpt2s_vocabulary_have_gpt2s_tokenizer(command, tmp_path):
@@ -162,6 +164,15 @@ def test_transformers_loads_an_exported_residual_model(bias, command, tmp_path, 
     assert (logits(read(tmp_path / "back"), tokens) - logits(model, tokens)).abs().max() < 1e-5
     state = checkpoint.load(checkpoint.latest(tmp_path / "back"))
     assert (state["step"], state["tokenizer"], state["n_vocab"]) == (3, "bytes", 257)
+
+
+def test_an_exported_model_ends_a_text_with_its_tokenizer_s_token(command, tmp_path):
+    """The end of text of p50k_base is not its last id."""
+    pytest.importorskip("safetensors")
+    write(tmp_path / "out", model_of("residual"), tokenizer="p50k_base", n_vocab=50281)
+    command("export", tmp_path / "out", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["bos_token_id"] == config["eos_token_id"] == 50256
 
 
 @pytest.mark.parametrize(

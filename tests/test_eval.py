@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, records, run, write_checkpoint
 from fake_hub import COMMIT, fake_hub
 from test_pretrained import gpt2_weights, write
 
+from data import read_meta, write_shard
 from model import GPT, GPTConfig
 from scoring import Score, byte_count, hellaswag, lambada, score_endings, text_loss, windows
 from tokenizer import get_tokenizer
@@ -291,6 +294,16 @@ def test_refuses(arguments, says, tiny_data, tmp_path):
     command = ["eval.py", f"--out_dir={tmp_path}/run", *COMMON, *arguments.split()]
     said = run(*command, ok=False)
     assert says in said and len(said) < 1100
+
+
+def test_a_shard_with_fewer_tokens_than_it_should_have_is_refused(tiny_data, tmp_path):
+    write_checkpoint(tmp_path, build())
+    shutil.copytree(tiny_data / "tiny", tmp_path / "data")
+    meta = read_meta(tmp_path / "data")
+    shard = meta["splits"]["val"]["shards"][0]
+    write_shard(tmp_path / "data" / shard["file"], np.zeros(shard["tokens"] - 1, np.uint16))
+    said = run("eval.py", f"--out_dir={tmp_path}", f"--data={tmp_path}/data", *COMMON, ok=False)
+    assert f"but meta.json says {shard['tokens']:,}" in said
 
 
 def test_other_tokens_are_refused(tiny_data, tmp_path):

@@ -167,6 +167,7 @@ def test_a_model_with_bfloat16_streams(tmp_path):
             "--prompts=DIR/text.jsonl",
             'line 1: an object with a text "prompt" is wanted, not {"text',
         ),
+        ("--prompts=DIR/blank.jsonl", "blank.jsonl has no prompt; write a line such as"),
         ("--prompts=DIR/tokens.jsonl", "line 1: the fields tokens are written here; rename them"),
         ("--prompts=DIR/notes.txt --out=DIR/notes.txt", "notes.txt is there already"),
         ("--prompts=DIR/notes.txt --out=DIR/none/b", "could not be written (No such file"),
@@ -177,6 +178,7 @@ def test_refuses(arguments, says, out_dir, tmp_path):
     (tmp_path / "notes.txt").write_text("no checkpoint\n")
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin1"))
     (tmp_path / "notes.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"\n')
+    (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "tokens.jsonl").write_text('{"prompt": "a", "tokens": 3}\n')
     arguments = arguments.replace("DIR", str(tmp_path)).split()

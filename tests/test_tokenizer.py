@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 import tokenizer
 from data import DataError
-from tokenizer import describe, describe_characters, get_tokenizer, tokenizer_name
+from tokenizer import (
+    describe,
+    describe_characters,
+    get_tokenizer,
+    same_tokens,
+    tokenizer_name,
+)
 
 # ---- by name -------------------------------------------------------------------------------------
 
@@ -221,3 +227,11 @@ def test_names_for_people_are_short_and_tell_two_apart():
     assert tokenizer_name(large).startswith("mine.json (") and len(tokenizer_name(large)) < 30
     with pytest.raises(DataError, match="kind morse is not one of characters, json"):
         get_tokenizer({"kind": "morse"})
+
+
+@pytest.mark.quick
+def test_two_names_of_gpt2s_tokens_are_the_same():
+    characters = [describe_characters(text) for text in ("abc", "cba", "abd")]
+    assert same_tokens("gpt2", "r50k_base") and same_tokens("bytes", "bytes")
+    assert same_tokens(*characters[:2]) and not same_tokens(*characters[1:])
+    assert not same_tokens("gpt2", "p50k_base") and not same_tokens("bytes", characters[0])

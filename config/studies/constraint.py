@@ -1,4 +1,4 @@
-# Deep and thin, where mixers differ within 1000 steps: 24 layers of 64 channels, bytes of Python's
+# Deep and thin: 24 layers of 64 channels, bytes of Python's
 # sources (--dataset=NAME --name=constraint-NAME for others). About 7 minutes a run on one thread.
 # python prepare_data.py && python study.py config/studies/constraint.py --jobs=2
 question = (
