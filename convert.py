@@ -29,6 +29,7 @@ import pretrained
 from data import read_meta, write_atomic, write_json
 from mixers import OPTIONS, find_mixer
 from model import GPT, GPTConfig
+from progress import Progress
 from remix import drop_misleading_rows, report_differences, sequences, with_mixer
 from runtime import RunError, provenance, run_script
 from tokenizer import describe, sizes
@@ -108,16 +109,7 @@ def save(out_dir, model, about):
     _lock = checkpoint.lock(out_dir)
     if there := checkpoint.checkpoints(out_dir):
         raise RunError(f"{out_dir} holds a run already ({there[-1].name}); name a new folder")
-    state = {
-        "config": {},
-        "shards": None,
-        "step": 0,
-        "best_val": math.inf,
-        "evaluated": None,
-        "logged_step": 0,
-        "tally": [0.0] * 5,
-        "scaler": {},
-    }
+    state = {"config": {}, "shards": None} | vars(Progress())
     state |= about | {
         "model": model.state_dict(),
         "optimizer": {},  # by which `checkpoint` knows that there is no run to resume

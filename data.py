@@ -166,8 +166,8 @@ def write_shard(path, tokens):
     write_atomic(path, header, np.ascontiguousarray(tokens, "<u2"))
 
 
-def read_shard(path, vocab_size=None):
-    """-> np.memmap (n,) of uint16, n >= 1. With vocab_size every id is checked.
+def read_shard(path):
+    """-> np.memmap (n,) of uint16, n >= 1.
 
     Raises DataError when the file is missing, damaged or no shard."""
     path = Path(path)
@@ -184,13 +184,6 @@ def read_shard(path, vocab_size=None):
         if error.errno == errno.EMFILE:
             remedy = "this shell allows too few open files, and a shard is one: ulimit -n 65536"
         raise DataError(f"{path}: {error.strerror}; {remedy}") from error
-    if vocab_size is not None:
-        largest = scan(tokens)[1]
-        if largest >= vocab_size:
-            raise DataError(
-                f"{path}: token id {largest} is outside the vocabulary of {vocab_size:,}; "
-                f"{_remedy(path.parent)}"
-            )
     return tokens
 
 

@@ -387,7 +387,7 @@ def load_weights(model, weights):
     have stay as they are. Raises ValueError where sizes or shapes differ.
     """
     check_sizes(model.config, weights)
-    names = {name: gpt2_name(name) for name, _ in model.named_parameters() if is_gpt2s(name)}
+    names = {name: gpt2_name(name) for name, _ in model.named_parameters() if gpt2_has(name)}
     parameters = dict(model.named_parameters())
     for name, theirs in names.items():
         parameter, tensor = parameters[name], weights.state[theirs]
@@ -440,7 +440,7 @@ def check_sizes(config, weights):
         )
 
 
-def is_gpt2s(name):
+def gpt2_has(name):
     """Whether GPT-2 has this parameter. It has none of those that handle streams."""
     return not any(part in name for part in (".hc_", "read_out", "offsets", "x0_scalars"))
 

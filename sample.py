@@ -141,7 +141,7 @@ class Speed:
     def __str__(self):
         parts = [f"prompt: {rate(self.prompt_tokens, self.prompt_seconds)}"]
         if self.new_tokens:
-            parts.append(f"then: {rate(self.new_tokens, self.new_seconds)}")
+            parts.append(f"new: {rate(self.new_tokens, self.new_seconds)}")
         if self.compile_seconds:
             parts.append(f"the first step, compiling included: {self.compile_seconds:.1f} s")
         return " | ".join(parts)
@@ -151,7 +151,7 @@ def rate(tokens, seconds):
     return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tok/s"
 
 
-def write_samples(decoder, trained, texts, numbers, speed, show=None):
+def continue_texts(decoder, trained, texts, numbers, speed, show=None):
     """Continue `texts`, lists of tokens. numbers: that of each sample, which its seed depends on.
 
     show: called after each step with the tokens of the first sample so far.
@@ -202,11 +202,11 @@ def stream_samples(decoder, trained, row, tokens, speed):
     for number in range(num_samples):
         print(f"--- sample {number + 1} ---\n{row['prompt']}", end="", flush=True)
         console = Console(trained.tokenizer)
-        [(sample, _)] = write_samples(decoder, trained, [tokens], [number], speed, console.show)
+        [(sample, _)] = continue_texts(decoder, trained, [tokens], [number], speed, console.show)
         console.finish(sample)
 
 
-def print_samples(samples, file):
+def write_samples(samples, file):
     """samples: a list of (row, number, text, how many tokens, whether the document ended). With a
     file of prompts they go to `file`, as JSON lines."""
     for row, number, text, tokens, ended in samples:
@@ -264,12 +264,12 @@ def main():
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             texts, numbers = [tokens[i] for i, _ in batch], [number for _, number in batch]
-            written = write_samples(decoder, trained, texts, numbers, speed)
+            written = continue_texts(decoder, trained, texts, numbers, speed)
             samples = []
             for (i, number), (sample, ended) in zip(batch, written):
                 text = trained.tokenizer.decode(sample)
                 samples.append((rows[i], number, text, len(sample), ended))
-            print_samples(samples, file)
+            write_samples(samples, file)
     print(speed, file=sys.stderr)
 
 

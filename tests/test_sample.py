@@ -52,7 +52,7 @@ def test_repeats_with_a_seed_and_not_with_another(out_dir, tmp_path):
     command = ["sample.py", f"--out_dir={out_dir}", f"--start=FILE:{tmp_path}/prompt.txt", *SMALL]
     text = run(*command)
     assert text.count("\nfrom a file") == 3 and "\ufeff" not in text
-    assert re.search(r"(?m)^prompt: 36 tokens in .* \| then: 33 tokens in .* tok/s$", text)
+    assert re.search(r"(?m)^prompt: 36 tokens in .* \| new: 33 tokens in .* tok/s$", text)
     text = samples_of(text)
     assert text == samples_of(run(*command)) != samples_of(run(*command, "--seed=2"))
     assert text == samples_of(run(*command, "--stream=True"))
