@@ -77,7 +77,8 @@ def check_knobs():
 
 
 def read_pieces(trained):
-    """-> arrays of tokens, which are scored apart, and a dict of what they are. DataError."""
+    """-> arrays of tokens, which are scored apart, and a dict of what they are. Raises
+    DataError."""
     path, block_size = os.path.expanduser(data), trained.model.config.block_size
     if not os.path.exists(path):
         raise DataError(

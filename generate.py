@@ -40,7 +40,7 @@ class PrefillCache(NamedTuple):
 class DecodeCache(NamedTuple):
     """One layer's cache, as attention sees it when every row gets one token more."""
 
-    keys: torch.Tensor  # (B, H, S, C/H)
+    keys: torch.Tensor  # (B, H, S, C/H), with room for S positions
     values: torch.Tensor
     rows: torch.Tensor  # (B,) 0, 1, ..., B - 1
     positions: torch.Tensor  # (B,), of the new tokens
@@ -111,6 +111,7 @@ class Decoder:
 
         keeps_token (B): whether the row keeps its token; otherwise the next step writes over it.
         """
+        # A row that is full does not step, and writes over its last place.
         positions = torch.tensor([min(used, self.length - 1) for used in self.used])
         positions = positions.to(self.device)
         visible = torch.arange(self.length, device=self.device) <= positions[:, None]

@@ -208,7 +208,8 @@ def unfinished(out, options, command):
 
 
 def continue_from(out, splits, record, tokens):
-    """Gives the splits the shards and tokens of the stopped run. -> its position. DataError."""
+    """Gives the splits the shards and tokens of the stopped run. -> its position. Raises
+    DataError."""
     for split in splits:
         documents, split.shards = record["splits"][split.name]
         split.add(tokens[split.name], documents)

@@ -210,7 +210,8 @@ def is_described(config_file):
 
 
 def download(name, file):
-    """-> the path of a file of OpenAI's, from the Hub's cache or else from the Hub. ValueError."""
+    """-> the path of a file of OpenAI's, from the Hub's cache or else from the Hub. Raises
+    ValueError."""
     remedy = "name a folder instead that has config.json and the weights"
     try:
         from huggingface_hub import constants, hf_hub_download

@@ -15,7 +15,7 @@ import numpy as np
 from data import PROGRESS, DataError, scan, write_atomic, write_shard
 from tokenizer import clean
 
-ENOUGH = 1 << 14  # characters in both splits: then the rest of the corpus need not be looked at
+ENOUGH = 1 << 14  # characters in each split: then the rest of the corpus need not be looked at
 
 
 # ---- which split ---------------------------------------------------------------------------------
@@ -61,8 +61,8 @@ def plan_splits(texts, val_share):
 def _fits(val_size, wanted, total):
     """Whether a validation split of val_size characters will do where `wanted` were asked.
 
-    At least half of them, or a few thousand characters. At most twice as many, or a quarter of the
-    corpus; and half of what was meant for training must be left."""
+    At least half of them, or 4,096 characters if that is fewer. At most twice as many, or a quarter
+    of the corpus if that is more; and half of what was meant for training must be left."""
     least = min(wanted / 2, ENOUGH / 4)
     most = min(max(2 * wanted, total / 4), (total + wanted) / 2)
     return least <= val_size <= most and 0 < val_size < total
