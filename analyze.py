@@ -98,8 +98,8 @@ def load_model(path, device):
 def validation_batches(state, count, device):
     """The first `count` validation tokens (whole sequences, at least one) of a run's data set.
 
-    -> a list of (idx, targets), each (B, T) on the torch.device. Raises DataError where there are too
-    few.
+    -> a list of (idx, targets), each (B, T) on the torch.device. Raises DataError where there are
+    too few.
     """
     run = state["config"]
     folder = Path(data_dir or run["data_dir"]) / run["dataset"]
