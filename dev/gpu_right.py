@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 import runtime
+from compiler import loss_and_gradients
 from configurator import configure
 from data import scan, write_meta, write_shard
 from dev.table import print_table
@@ -236,19 +237,10 @@ def build(mixer, dynamic, n):
     return model
 
 
-def loss_and_gradients(model, batch, context):
-    """{name: tensor in float64} of the loss and of each parameter's gradient."""
-    with context:
-        loss = model(*batch)[1]
-    loss.backward()
-    found = {name: p.grad.double() for name, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    return {"loss": loss.detach().double(), **found}
-
-
 def distance(found, wanted):
     """The largest relative error of a tensor, and its name. An error is divided by the tensor's
     norm, or by 1e-3 of the largest gradient's norm where that is more."""
+    found, wanted = ({name: t.double() for name, t in some.items()} for some in (found, wanted))
     norms = {name: tensor.norm().item() for name, tensor in wanted.items()}
     floor = 1e-3 * max(norm for name, norm in norms.items() if name != "loss")
     errors = {
