@@ -125,14 +125,17 @@ def train_command(out_dir, processes=1, **knobs):
     return [*launcher, "train.py", *(f"--{name}={value}" for name, value in knobs.items())]
 
 
+def with_one_gpu(environment):
+    """An environment in which a process sees one GPU: then two processes take gloo, since nccl
+    cannot share a GPU."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
+    return {**environment, "CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+
+
 def train(out_dir, processes=1, **knobs):
     """Run train.py to its end -> what it printed. RuntimeError where it fails."""
     command = train_command(out_dir, processes, **knobs)
-    environment = {**os.environ}
-    if "CUDA_VISIBLE_DEVICES" in environment or torch.cuda.is_available():
-        # One GPU, so that two processes take gloo: nccl cannot share a GPU.
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    environment = with_one_gpu(os.environ)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")

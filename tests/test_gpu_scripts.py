@@ -101,6 +101,13 @@ def test_bits_are_compared_all_the_way_down(script):
 
 
 @pytest.mark.quick
+def test_two_processes_see_the_same_gpu(script):
+    one = script("gpu_right").with_one_gpu
+    assert one({"A": "b"}) == {"A": "b", "CUDA_VISIBLE_DEVICES": "0"}
+    assert one({"CUDA_VISIBLE_DEVICES": "3,4"}) == {"CUDA_VISIBLE_DEVICES": "3"}
+
+
+@pytest.mark.quick
 def test_results_of_another_commit_are_not_continued(script, monkeypatch, tmp_path):
     module, path = script("gpu_right"), tmp_path / "out" / "right.jsonl"
     assert module.open_results(path) == []
