@@ -1,5 +1,5 @@
 # make run      environment, data, a short training run and three samples, from nothing
-# make test     environment, all tests but the long ones; make quick: the fast ones, for the loop of editing
+# make test     environment, all tests but the long ones; make quick: the fast ones, while you edit
 # make lint     what ruff says of the style; make format: mend what ruff can mend by itself
 # make test-torch TORCH=2.11.0    the tests of compiled code with another version of torch
 PYTHON ?= python3

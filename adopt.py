@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 
 import numpy as np
 
-from corpus import ask_hub
+from corpus import ask_hub, commit_of
 from data import META, PROGRESS, DataError, brief, read_meta, read_shard, scan, verify, write_meta
 from tokenizer import describe, sizes
 
@@ -30,7 +30,8 @@ def fetch(dataset, out, train_shards, revision, command):
     if (out / META).exists():
         source = read_meta(out)["source"]
         there = [source.get(name) for name in ("dataset", "train_shards", "revision")]
-        if there != [dataset, train_shards, revision or there[2]]:
+        asked = commit_of(dataset, revision) if revision else there[2]
+        if there != [dataset, train_shards, asked]:
             raise DataError(
                 f"{out} has {there[1] or 'all'} training shards of {there[0]}, revision "
                 f"{there[2]}; pass another --out, or: rm {shlex.quote(str(out / META))}; "

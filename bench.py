@@ -85,7 +85,7 @@ stream_start = "equal"  # streams start as equal copies, or learned: plus a vect
 readout = "mean"  # what the head reads: the mean of the streams, or a learned sum
 # System
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # of activations: bfloat16, float16, float32; auto: bfloat16 on a GPU that can
+dtype = "auto"  # of activations: float32, bfloat16, float16; auto: one of the first two, by device
 deterministic = True  # cuda: algorithms whose result does not depend on timing, as in training
 both_deterministic = False  # cuda: rows without such algorithms too, which tell what they cost
 activation_memory_budget = 1.0  # of the mixers, see train.py; plain and residual keep everything

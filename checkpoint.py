@@ -70,8 +70,8 @@ def save(out_dir, state, *, keep, best):
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a short archive
         raise RunError(
             f"{path}: the checkpoint could not be written ({error}). The ones before it are "
-            "unchanged. Free some space, or make the folder writable, and run the same command "
-            "again; train.py goes on with --init_from=resume"
+            "unchanged. Free some space, or make the folder writable. Then go on: train.py with "
+            "--init_from=resume, convert.py with the same command"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

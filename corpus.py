@@ -174,6 +174,12 @@ def ask_hub(dataset, revision):
     return info.sha, [sibling.rfilename for sibling in info.siblings or []]
 
 
+def commit_of(dataset, revision):
+    """The commit that `revision` names: itself, or what the Hub says of a branch, a tag or the
+    beginning of a hash. Raises DataError."""
+    return revision if re.fullmatch("[0-9a-f]{40}", revision) else ask_hub(dataset, revision)[0]
+
+
 def hub_files(dataset, config, revision, split):
     """-> paths of the files of a split, hf://datasets/…, in order. Raises DataError."""
     import datasets  # takes 2 seconds, which the other sources do without

@@ -38,7 +38,8 @@ from streams import (
 )
 
 # Fields of GPTConfig that must stay at their defaults with one stream. mix_start and read_start
-# have no effect there either, and are not refused: files of a study set them for all its arms.
+# have no effect there either, and any value that a HyperConnection takes is allowed: files of a
+# study set them for all its arms.
 OF_STREAMS = ("gates", "sees", "wraps", "stream_start", "readout")
 
 
@@ -91,12 +92,12 @@ class GPTConfig:
         check_choice("readout", self.readout, ("mean", "learned"))
         check_choice("wraps", self.wraps, ("sublayer", "block"))
         check_connection(
-            self.alpha_start,
-            self.mix_start,
-            self.read_start,
-            self.gates,
-            self.mix_scale,
-            self.sees,
+            alpha_start=self.alpha_start,
+            mix_start=self.mix_start,
+            read_start=self.read_start,
+            gates=self.gates,
+            mix_scale=self.mix_scale,
+            sees=self.sees,
         )
         n_logits(self.mixer, self.n_streams)  # ValueError for an unknown mixer, or its n
         check_options(self.mixer, self.options)

@@ -187,8 +187,10 @@ def unfinished(out, options, command):
             f"{out} has .bin files that are not this script's: pass another --out, or describe "
             f"them: python prepare_data.py --adopt {shlex.quote(str(out))} --tokenizer gpt2"
         )
-    if options["kind"] == "hub" and options["revision"] is None:
-        options["revision"] = there.get("revision")
+    if options["kind"] == "hub" and there is not options:
+        asked = options["revision"]
+        commit = corpus.commit_of(options["dataset"], asked) if asked else there.get("revision")
+        options["revision"] = commit
 
     differences = []
     for key in {**there, **options}:
@@ -329,7 +331,8 @@ def parse(argv):
     add("--skip-unusable", action="store_true", help="count what cannot be used, do not stop")
     tokenizers = "gpt2 (default), another of tiktoken's, a tokenizer.json, chars, or bytes"
     add("--tokenizer", help=tokenizers + " (default for stdlib), which needs no download")
-    add("--name", help="of the folder in data/ (default: of the first of --files, or the data set)")
+    name = "of the folder in data/ (default: the folder of the first of --files, or the data set)"
+    add("--name", help=name)
     add("--out", type=path_of, help="the folder itself (default data/NAME)")
     add("--shard-tokens", type=int, help="tokens in each shard (default 100,000,000)")
     share = "share of the text that is kept for validation (default 0.0005 for the Hub, else 0.05)"

@@ -383,9 +383,9 @@ def load_weights(model, weights):
     """Copy Weights into the branches and embeddings of a model with any mixer -> notes, lines.
 
     If the connections are at their start, the model then computes what the weights' own model
-    computes. Positions beyond
-    block_size are left out, and a note says so. The model's rows for tokens that the weights do not
-    have stay as they are. Raises ValueError where sizes or shapes differ.
+    computes. Positions beyond block_size are left out, and a note says so. The model's rows for
+    tokens that the weights do not have stay as they are. Raises ValueError where sizes or shapes
+    differ.
     """
     check_sizes(model.config, weights)
     names = {name: gpt2_name(name) for name, _ in model.named_parameters() if gpt2_has(name)}

@@ -221,7 +221,14 @@ class HyperConnection(Coefficients):
         if find_mixer(mixer).one_stream:
             raise ValueError(f"{mixer} has one stream: use streams.Residual around its branches")
         check_options(mixer, options)
-        check_connection(alpha_start, mix_start, read_start, gates, mix_scale, sees)
+        check_connection(
+            alpha_start=alpha_start,
+            mix_start=mix_start,
+            read_start=read_start,
+            gates=gates,
+            mix_scale=mix_scale,
+            sees=sees,
+        )
 
         squash_mix = not find_mixer(mixer).bounded
         if gates == "auto":
@@ -287,9 +294,9 @@ class HyperConnection(Coefficients):
         if not self.read_ahead:
             by = self.by_tensors if self.stacked else self.by_planes
             return by(streams, branch, *self.coefficients(streams))
-        if streams.input is None:
+        if any(getattr(streams, name) is None for name in ("input", *self.seen)):
             raise ValueError(
-                "the streams have no input to read: a connection that reads ahead needs "
+                f"the streams do not have what sees={'+'.join(self.seen)!r} needs: begin with "
                 "start_streams(..., sees=...), with the sees of the connection"
             )
         # The branch comes first. With the coefficients in between, the compiler keeps the branch's
@@ -422,7 +429,7 @@ def scale_rows_stacked(M, logits, n):
     return scale[:, None] * M
 
 
-def check_connection(alpha_start, mix_start, read_start, gates, mix_scale, sees):
+def check_connection(*, alpha_start, mix_start, read_start, gates, mix_scale, sees):
     """ValueError for a value that no HyperConnection takes."""
     if not alpha_start > 0:
         raise ValueError(

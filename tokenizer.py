@@ -96,7 +96,8 @@ def sizes(description):
 
 
 def same_tokens(one, other):
-    """Whether two descriptions give the same ids to a text."""
+    """Whether two descriptions are equal, or two names of GPT-2's ids. The file name of a JSON
+    tokenizer counts."""
     names = [tokenizer_name(description) for description in (one, other)]
     return names[0] == names[1] or all(name in GPT2_TOKENIZERS for name in names)
 

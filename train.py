@@ -104,7 +104,7 @@ grad_clip = 1.0  # norm that gradients are clipped to; 0: never
 max_bad_steps = 10  # stop after this many steps in a row with a loss or gradient not finite
 # System
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # of activations: bfloat16, float16, float32; auto: bfloat16 on a GPU that can
+dtype = "auto"  # of activations: float32, bfloat16, float16; auto: one of the first two, by device
 compile = True  # blocks and head through torch.compile, in place
 activation_memory_budget = 1.0  # share of the backward's needs that is kept, not computed again
 deterministic = True  # cuda: algorithms whose result does not depend on timing (a CPU's never does)

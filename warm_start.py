@@ -140,11 +140,13 @@ def check_model(path, then, now):
     listed = ", ".join(f"{name} is {then[name]!r} there and {now[name]!r} here" for name in wrong)
     remedy = "Leave these knobs out, and they are the checkpoint's"
     if "mixer" in wrong or "n_streams" in wrong:
-        if now["n_streams"] > 1 and then["n_streams"] in (1, now["n_streams"]):
+        plain = not then["x0_scalars"] and then["mix_scale"] == "none"
+        fits = then["n_streams"] == now["n_streams"] or then["n_streams"] == 1 and plain
+        if now["n_streams"] > 1 and fits:
             other = f"--mixer={now['mixer']} --n_streams={now['n_streams']}"
             remedy = f"Convert it first: python convert.py mixer {path} out/converted {other}"
         else:
-            remedy += f": no conversion takes {then['n_streams']} streams to {now['n_streams']}"
+            remedy += ": no conversion takes the one model to the other"
     raise ValueError(f"{path} is of another model: {listed}. {remedy}")
 
 

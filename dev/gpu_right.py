@@ -14,8 +14,8 @@ Two questions, in this order:
    float64? The compiled model may be off by twice as much as the eager one, which only rounds.
 
 Question 2 ends after `seconds`, counted from the start of the call; the runs of question 1 have no
-limit. Results go line by line to FOLDER/right.jsonl; its first line says what
-made them. The exit status is 1 if a check failed.
+limit. Results go line by line to FOLDER/right.jsonl; its first line says what made them. The exit
+status is 1 if a check failed.
 """
 
 import contextlib
@@ -125,17 +125,23 @@ def train_command(out_dir, processes=1, **knobs):
     return [*launcher, "train.py", *(f"--{name}={value}" for name, value in knobs.items())]
 
 
-def with_one_gpu(environment):
-    """An environment in which a process sees one GPU: then two processes take gloo, since nccl
-    cannot share a GPU."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
-    return {**environment, "CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+def with_one_gpu(environment, index):
+    """An environment in which a process sees one GPU, the `index`-th: then two processes take gloo,
+    since nccl cannot share a GPU."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    chosen = visible.split(",")[index] if visible else str(index)
+    return {**environment, "CUDA_VISIBLE_DEVICES": chosen}
+
+
+def environment_of_runs():
+    """Of the runs of question 1: their cuda:0 is the GPU of the knob `device`."""
+    return with_one_gpu(os.environ, runtime.pick_device(device).index or 0)
 
 
 def train(out_dir, processes=1, **knobs):
     """Run train.py to its end -> what it printed. RuntimeError where it fails."""
     command = train_command(out_dir, processes, **knobs)
-    environment = with_one_gpu(os.environ)
+    environment = environment_of_runs()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -148,7 +154,9 @@ def kill_at_half(out_dir):
     RuntimeError where the run ends without this checkpoint.
     """
     half = out_dir / f"ckpt_{max(1, max_iters // 4) * 2:07d}.pt"
-    process = subprocess.Popen(train_command(out_dir), cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        train_command(out_dir), cwd=ROOT, stdout=subprocess.DEVNULL, env=environment_of_runs()
+    )
     while not half.exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()

@@ -85,8 +85,8 @@ def run_until(command, deadline):
         return
     if status:
         raise runtime.RunError(
-            f"bench.py ended with status {status}; its message is above. The command was: "
-            + shlex.join(command)
+            f"bench.py ended with status {status}; its message is above. Leave its mixers out with "
+            "--groups, or take a smaller --batch_size. The command was: " + shlex.join(command)
         )
 
 
@@ -142,11 +142,15 @@ def main():
     deadline = time.time() + seconds
     Path(folder).mkdir(parents=True, exist_ok=True)
     commit = runtime.provenance()["commit"]
-    reports, left = [], []
+    reports, left, failed = [], [], []
     for group in groups.split():
         report = measured(group, commit)
         if report is None:
-            run_until(bench_command(group, first=group == groups.split()[0]), deadline)
+            try:
+                run_until(bench_command(group, first=group == groups.split()[0]), deadline)
+            except runtime.RunError as error:  # the other groups can still be measured
+                failed.append(str(error))
+                continue
             report = measured(group, commit)
         if report is None:
             left.append(group)
@@ -163,6 +167,8 @@ def main():
         print_table(table_rows(reports), COLUMNS)
     if left:
         print(f"not measured yet: {' '.join(left)}; run the same command again")
+    if failed:
+        raise runtime.RunError("\n".join(failed))
 
 
 if __name__ == "__main__":

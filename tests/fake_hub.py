@@ -57,7 +57,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send(self.tree(files, "/".join(rest[2:])))
         else:
             siblings = [{"rfilename": file} for file in files]
-            self.send({"id": name, "sha": COMMIT, "siblings": siblings})
+            revision = rest[1] if rest[:1] == ["revision"] else "main"
+            other = hashlib.sha1(revision.encode()).hexdigest()
+            sha = COMMIT if revision in ("main", COMMIT) else other
+            self.send({"id": name, "sha": sha, "siblings": siblings})
 
     def tree(self, files, folder):
         """The files right in the folder, and the folders."""

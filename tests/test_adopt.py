@@ -176,7 +176,9 @@ def test_fineweb_by_name(here):
         assert meta["tokenizer"] == "gpt2" and meta["source"]["revision"] == COMMIT
         assert verify(folder) == 2 * 11 + 3
         assert "already prepared" in fetch("--train-shards", "2").stdout
-        assert "already prepared" in fetch("--train-shards", "2", "--revision", COMMIT).stdout
+        for revision in ("main", COMMIT):
+            done = fetch("--train-shards", "2", "--revision", revision)
+            assert "already prepared" in done.stdout
         assert "has 2 training shards" in fetch().stderr
         other = fetch("--train-shards", "2", "--revision", "b" * 40).stderr
         assert f"revision {COMMIT}; pass another --out" in other

@@ -200,6 +200,17 @@ def test_any_other_model_is_the_same_out_and_back(mixer, changes, command, tmp_p
     assert tensors.keys() == before["model"].keys()
 
 
+@pytest.mark.quick
+def test_r50k_base_is_another_name_of_gpt2s_tokens(tmp_path):
+    write_data_set(tmp_path / "data", train=(300,), val=(300,))
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"tokenizer": "r50k_base"}))
+    idx, _ = remix.sequences(16, "gpt2", 50257, tmp_path / "data", 32)
+    assert idx.shape == (2, 16)
+    with pytest.raises(ValueError, match="has tokens of r50k_base, and the checkpoint is of bytes"):
+        remix.sequences(16, "bytes", 257, tmp_path / "data", 32)
+
+
 def test_nothing_is_written_over(command, tmp_path):
     write(tmp_path / "out", model_of("residual"))
     command("export", tmp_path / "out", tmp_path / "exported")

@@ -116,6 +116,14 @@ def test_refuses_a_missing_file(tmp_path):
         read_shard(tmp_path / "train_000000.bin")
 
 
+@pytest.mark.quick
+def test_what_has_no_place_is_not_helped_by_space(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "none" / "a", tmp_path / "folder"):
+        with pytest.raises(DataError, match="could not be written .*Make its folder"):
+            write_atomic(path, b"")
+
+
 @pytest.mark.parametrize("tokens", [[], [-1], [65536], np.array([70000]), [1.5], [[1, 2]], 1])
 def test_writes_only_what_fits(tmp_path, tokens):
     with pytest.raises(DataError):

@@ -43,7 +43,7 @@ def test_each_snippet_of_the_readme_runs_by_itself(tmp_path):
 
 def training_commands(name):
     """-> for each command of train.py in a file, the number of processes and the arguments."""
-    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:

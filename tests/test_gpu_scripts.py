@@ -103,8 +103,23 @@ def test_bits_are_compared_all_the_way_down(script):
 @pytest.mark.quick
 def test_two_processes_see_the_same_gpu(script):
     one = script("gpu_right").with_one_gpu
-    assert one({"A": "b"}) == {"A": "b", "CUDA_VISIBLE_DEVICES": "0"}
-    assert one({"CUDA_VISIBLE_DEVICES": "3,4"}) == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert one({"A": "b"}, 1) == {"A": "b", "CUDA_VISIBLE_DEVICES": "1"}
+    assert one({"CUDA_VISIBLE_DEVICES": "3,4"}, 0) == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert one({"CUDA_VISIBLE_DEVICES": "3,4"}, 1) == {"CUDA_VISIBLE_DEVICES": "4"}
+
+
+@pytest.mark.quick
+def test_a_run_sees_one_gpu(script, monkeypatch, tmp_path):
+    module, seen = script("gpu_right"), []
+
+    def note(command, env, **others):
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    monkeypatch.setattr(module.subprocess, "run", note)
+    module.train(tmp_path, processes=2)
+    assert seen == ["3"]
 
 
 @pytest.mark.quick
@@ -168,6 +183,22 @@ def test_speed_runs_what_is_left_and_tells_what_is_not_done(script, monkeypatch,
     path.write_text(json.dumps(report_of(commit, other, "tbp", "identity")))
     with pytest.raises(ValueError, match="with batch_size = 99, and now .*change --folder"):
         module.main()
+
+
+def test_a_group_that_fails_does_not_keep_others_from_being_measured(script, monkeypatch, capsys):
+    module = script("gpu_speed", "--groups=hc tbp,identity", "--seconds=50")
+    commit = module.runtime.provenance()["commit"]
+
+    def second_group_only(command, deadline):
+        if "--mixers=hc" in command:
+            raise module.runtime.RunError("hc failed")
+        report = report_of(commit, module.config, "tbp", "identity")
+        module.result_path("tbp,identity").write_text(json.dumps(report))
+
+    monkeypatch.setattr(module, "run_until", second_group_only)
+    with pytest.raises(RuntimeError, match="hc failed"):
+        module.main()
+    assert "identity" in capsys.readouterr().out
 
 
 @pytest.mark.quick

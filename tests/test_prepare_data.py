@@ -238,8 +238,12 @@ def test_texts_of_the_hub(here):
         asked.clear()
         assert "already prepared" in prepare("someone/texts", "--config", "small").stdout
         assert not asked  # whatever the newest commit is now
+        for revision in ("main", COMMIT):
+            done = prepare("someone/texts", "--config", "small", "--revision", revision)
+            assert "already prepared" in done.stdout
+        other = hashlib.sha1(b"def").hexdigest()
         for arguments, says in {
-            ("someone/texts", "--config", "small", "--revision", "def"): "def asked",
+            ("someone/texts", "--config", "small", "--revision", "def"): f"{other} asked",
             ("someone/texts", "--config", "large"): "Available: ['small', 'lines']",
             ("someone/texts", "--config", "lines", "--split", "test", "--out", "x"): "one of train",
             ("someone/tpyo",): f"look for its name at {environment['HF_ENDPOINT']}/datasets",

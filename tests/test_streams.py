@@ -359,11 +359,14 @@ def test_the_mean_of_streams_in_bfloat16_is_summed_in_float32():
         (lambda: HyperConnection("tbp", 4, 8, mix_scale="token"), "not 'token'"),
         (lambda: HyperConnection("tbp", 4, 8, sees="mean+input"), "not 'mean+input'"),
         (lambda: HyperConnection("tbp", 4, 8, alpha_start=0.0), "alpha_start must be above 0"),
-        (
-            lambda: HyperConnection("tbp", 2, 8, sees="input")(
-                start_streams(torch.ones(1, 1, 8), 2), torch.nn.Identity()
-            ),
-            "needs start_streams(..., sees=...)",
+        *(
+            (
+                lambda start=start: HyperConnection("tbp", 2, 8, sees="input+mean")(
+                    start_streams(torch.ones(1, 1, 8), 2, sees=start), torch.nn.Identity()
+                ),
+                "not have what sees='input+mean' needs: begin with start_streams(..., sees=...)",
+            )
+            for start in ("streams", "input")
         ),
     ],
 )

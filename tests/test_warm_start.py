@@ -97,8 +97,8 @@ def test_the_knobs_are_those_of_the_checkpoint_but_for_dropout(tmp_path):
     [
         (dict(mixer="rtbp"), "mixer is 'tbp' there and 'rtbp' here"),
         (dict(mixer="rtbp"), "python convert.py mixer .*ckpt_0000007.pt .* --mixer=rtbp"),
-        (dict(n_streams=2), "Leave these knobs out.*: no conversion takes 3 streams to 2"),
-        (dict(mixer="residual", n_streams=1), ": no conversion takes 3 streams to 1"),
+        (dict(n_streams=2), "n_streams is 3 there and 2 here. Leave these knobs out.* no conver"),
+        (dict(mixer="residual", n_streams=1), "no conversion takes the one model to the other"),
         (dict(n_layer=3), "n_layer is 2 there and 3 here. Leave these knobs out"),
         (dict(n_embd=32, bias=True), "n_embd is 16 .* 32 here, bias is False there and True"),
         (dict(mix_start=0.5), "mix_start is 0.01 there and 0.5 here"),
@@ -118,6 +118,11 @@ def test_other_tokens_are_refused(source):
     says = "trained on tokens of bytes, and the data set's are of 3-character"
     with pytest.raises(ValueError, match=says):
         warm_start.start_from(source[1], model_with(2), other)
+
+
+@pytest.mark.quick
+def test_r50k_base_is_another_name_of_gpt2s_tokens():
+    warm_start.check_tokens("best.pt", {"tokenizer": "gpt2"}, {"tokenizer": "r50k_base"})
 
 
 @pytest.mark.quick

@@ -1,5 +1,5 @@
-# Deep and thin: 24 layers of 64 channels, bytes of Python's
-# sources (--dataset=NAME --name=constraint-NAME for others). About 7 minutes a run on one thread.
+# Deep and thin: 24 layers of 64 channels, bytes of Python's sources (--dataset=NAME
+# --name=constraint-NAME for others). About 7 minutes a run on one thread.
 # python prepare_data.py && python study.py config/studies/constraint.py --jobs=2
 question = (
     "What does a doubly stochastic M cost against a free one, and what is it in a free M that pays?"
