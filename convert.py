@@ -268,6 +268,8 @@ def as_gpt2(model, eot_token):
 
 
 def convert_mixer(arguments):
+    """The command `mixer`: writes the new checkpoint, and prints how far the models differ. Raises
+    RunError or ValueError."""
     path, state, old = load(arguments.source)
     options = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}

@@ -1,5 +1,6 @@
 """
-The machine that a script runs on: device, dtype, peak flops and memory, processes, the stop signal.
+The machine that a script runs on: device, dtype, peak flops and memory, processes, the stop signal;
+what made a file (`provenance`), and how a script ends (`run_script`).
 
     device = pick_device("auto")
     group = init_distributed(device, 600)       # None without torchrun

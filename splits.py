@@ -116,6 +116,8 @@ class Split:
         return sum(shard["tokens"] for shard in self.shards) + self.filled
 
     def add(self, tokens, documents):
+        """Takes tokens (n,) of uint16, in which `documents` documents begin, and writes each shard
+        that is full. Raises DataError."""
         self.documents += documents
         while len(tokens):
             part = tokens[: len(self.buffer) - self.filled]
@@ -126,7 +128,7 @@ class Split:
                 self.write()
 
     def write(self):
-        """Writes the buffer as a shard, full or not."""
+        """Writes the buffer as a shard, full or not. Raises DataError."""
         file, tokens = f"{self.name}_{len(self.shards):06d}.bin", self.buffer[: self.filled]
         write_shard(self.out / file, tokens)
         self.shards.append({"file": file, "tokens": len(tokens), "crc32": scan(tokens)[0]})
@@ -134,6 +136,8 @@ class Split:
 
 
 def save_progress(out, options, position, splits):
+    """Writes what load_progress reads. position: in the corpus, where the run goes on. Raises
+    DataError."""
     record = {
         "options": options,
         "position": position,

@@ -16,7 +16,8 @@ CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 256, 1 << 20  # what a worker gets at a time
 
 
 def start_workers(count):
-    """-> a pool of processes that have begun: they are forked before this process has threads."""
+    """-> a pool of processes that have begun: where they are forked, this process has no threads
+    yet."""
     pool = ProcessPoolExecutor(count, initializer=start_worker)
     pool.submit(os.getpid).result()
     return pool

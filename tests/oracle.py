@@ -81,6 +81,8 @@ def kronecker(logits, n):
 
 
 def tbp(logits, n):
+    """r, c: what is left of the sum of each row and column. M_ij is chosen between the least and
+    the most that they allow."""
     t = iter(logits)
     r, c, M = np.ones(n), np.ones(n), np.zeros((n, n))
     for i in range(n - 1):
@@ -97,6 +99,8 @@ def tbp(logits, n):
 
 
 def rtbp(logits, n):
+    """solve(r, c): the matrix with these sums of rows and columns. spread: mass over lines, none of
+    which takes more than its w."""
     t = iter(logits)
 
     def choose(lo, hi):
