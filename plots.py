@@ -281,7 +281,6 @@ def loss_figure(by_tokens, by_seconds, differences, reference, tokens_of_a_step)
         below.set_title(f"Validation loss minus {reference}'s with the same seed")
         below.set_ylabel("nats a token")
         below.axhline(0, color=INK, linewidth=0.8)
-        below.set_ylim(*focus(differences))
         name_curves(below, differences, scale, height, legend=False)
     return figure
 
