@@ -18,7 +18,9 @@ logits are slower already, and tbp_lean may not need a lower rate for them.
 identity and hc are judged in the same way, identity with slow connections and hc with fast ones, as
 each was best in config/studies/rates.py: their lean forms against the faithful ones.
 Added after seed 1 of the shallow model at .004 and .008, where hc was behind and tbp_slow broke at
-the higher one: a rate of .001, for a wider model learns best at a lower rate."""
+the higher one: a rate of .001, for a wider model learns best at a lower rate.
+Added after config/studies/mixers.py, where slow connections were better for hc in that model:
+hc_slow and hc_lean_slow. There hc is judged by the better of its two."""
 references = ["residual", "tbp_slow"]
 
 files = ["config/laptop.py", "config/deep.py"]
@@ -46,4 +48,6 @@ arms = {
     "identity_lean_slow": {"mixer": "identity", **_lean, "connection_lr": 0.25},
     "hc": {"mixer": "hc"},
     "hc_lean": {"mixer": "hc", **_lean},
+    "hc_slow": {"mixer": "hc", "connection_lr": 0.25},
+    "hc_lean_slow": {"mixer": "hc", **_lean, "connection_lr": 0.25},
 }
