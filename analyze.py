@@ -16,7 +16,6 @@ runs leave, in the folder that holds them,
     gain.png        composite gain by depth, from the checkpoints; the numbers in gain.json
 """
 
-import dataclasses
 import functools
 import glob
 import json
@@ -34,9 +33,8 @@ from configurator import configure
 from data import TokenBlocks, write_json
 from measure import gains_by_depth, look_at, loss_changes
 from mixers import composite_gain
-from model import GPT, GPTConfig
 from runtime import RunError, pick_device, provenance, run_script
-from trained import find_checkpoint
+from trained import find_checkpoint, load_model
 
 # One run
 out_dir = "out"  # of the run
@@ -80,19 +78,6 @@ def look_at_run():
 
 
 # ---- one run: its checkpoint, and what is measured of it -----------------------------------------
-
-
-def load_model(path, device):
-    """-> the model of a checkpoint, on the torch.device, and the checkpoint's state. Raises
-    RunError for a checkpoint that cannot be loaded.
-
-    The model computes in float32, whatever the run's dtype was.
-    """
-    state = checkpoints.load(path)
-    model_config = checkpoints.model_config(path, state, GPTConfig)
-    model = GPT(dataclasses.replace(model_config, stream_dtype="auto"))
-    checkpoints.restore(path, state, model)
-    return model.to(device).eval(), state
 
 
 def validation_batches(state, count, device):
@@ -142,7 +127,8 @@ def analysis(path, device):
                       error: the standard error over sequences. None without loss_tokens
     A number that is not finite, or not defined with one stream, is null.
     """
-    model, state = load_model(path, device)
+    state, model = load_model(path, stream_dtype="auto")  # float32, whatever the run's was
+    model.to(device)
     sublayers, n_tokens = look_at(model, validation_batches(state, tokens, device))
     means = mean_matrices(sublayers)
     for sublayer, gains in zip(sublayers, gains_by_depth(means)):
@@ -347,8 +333,9 @@ def gains_of_runs(with_checkpoint):
 
 def gain_of_run(point, seed, folder):
     """One run in gain.json: the gains by depth, as in `analysis`, of its newest checkpoint."""
-    path, where = find_checkpoint(folder, "latest"), pick_device(device)
-    model, state = load_model(path, where)
+    path, where = checkpoints.find(folder), pick_device(device)
+    state, model = load_model(path, stream_dtype="auto")
+    model.to(where)
     sublayers, n_tokens = look_at(model, validation_batches(state, tokens, where))
     gains = gains_by_depth(mean_matrices(sublayers))
     return {

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import zipfile
@@ -172,6 +173,22 @@ def latest(out_dir):
                 flush=True,
             )
     return None
+
+
+def find(source):
+    """source: a checkpoint, or a run's folder, which means its newest whole checkpoint -> the path.
+
+    Raises RunError for a folder that has none.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".pt" or path.is_file():
+        return path
+    if newest := latest(path):
+        return newest
+    raise RunError(
+        f"{source} has no whole checkpoint; name a run that has, or train one: "
+        f"python train.py config/tbp.py config/laptop.py --out_dir={shlex.quote(str(source))}"
+    )
 
 
 def load(path):

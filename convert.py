@@ -9,7 +9,8 @@ Checkpoints from elsewhere, to elsewhere, and from one mixer to another.
     python convert.py mixer out/gpt2 out/gpt2-tbp --mixer=tbp --n_streams=4
     python convert.py mixer out/tbp out/rtbp --mixer=rtbp --data=data/openwebtext
 
-A checkpoint of ours is named by its path, or by the folder of its run, whose newest one is taken.
+A checkpoint of ours is named by its path, or by the folder of its run, which means its newest whole
+one.
 `import` and `mixer` write a checkpoint that sample.py takes and from which train.py can begin a
 run. It has no optimizer state, so no run can be resumed from it.
 
@@ -33,6 +34,7 @@ from progress import Progress
 from remix import drop_misleading_rows, report_differences, sequences, with_mixer
 from runtime import RunError, provenance, run_script
 from tokenizer import describe, sizes
+from trained import load_model
 
 OURS = "mixed_residual_streams"  # the key in config.json of what only this project knows
 OF_CHARACTERS = (
@@ -84,20 +86,6 @@ def parse():
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def load(source):
-    """-> the path, the state and the model of a run's folder or a checkpoint. Raises RunError."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        newest = checkpoint.latest(path)
-        if newest is None:
-            raise RunError(f"{path}: it has no checkpoint of this project")
-        path = newest
-    state = checkpoint.load(path)
-    model = GPT(checkpoint.model_config(path, state, GPTConfig))
-    checkpoint.restore(path, state, model)
-    return path, state, model.eval()
 
 
 def save(out_dir, model, about):
@@ -199,7 +187,8 @@ def export(source, folder):
         raise RunError("to export, pip install safetensors")
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise RunError(f"{folder} holds a model already; name a new folder")
-    path, state, model = load(source)
+    path = checkpoint.find(source)
+    state, model = load_model(path)
     ours = {name: state[name] for name in ("tokenizer", "n_vocab", "step", "provenance")}
     if is_plain(model.config):
         _, eot_token = sizes(ours["tokenizer"])
@@ -270,7 +259,8 @@ def as_gpt2(model, eot_token):
 def convert_mixer(arguments):
     """The command `mixer`: writes the new checkpoint, and prints how far the models differ. Raises
     RunError or ValueError."""
-    path, state, old = load(arguments.source)
+    path = checkpoint.find(arguments.source)
+    state, old = load_model(path)
     options = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in options.items() if value is not None}
     new, off = with_mixer(old, arguments.mixer, arguments.n_streams, options)

@@ -5,8 +5,8 @@ A trained model, to be used: its weights, and the tokenizer and dtype that belon
     trained.model(idx), trained.tokenizer.decode(ids)
 """
 
-import os
-import shlex
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ import checkpoint as checkpoints
 import pretrained
 import runtime
 from model import GPT, GPTConfig
-from runtime import RunError
 from tokenizer import get_tokenizer, tokenizer_name
 
 DEFAULTS = ("out", "latest")  # of the knobs out_dir and checkpoint, in the scripts
@@ -41,9 +40,7 @@ def open_trained(out_dir, checkpoint, init_from, device):
     if init_from:
         return open_gpt2(init_from, device)
     path = find_checkpoint(out_dir, checkpoint)
-    state = checkpoints.load(path)
-    model = GPT(checkpoints.model_config(path, state, GPTConfig))
-    checkpoints.restore(path, state, model)
+    state, model = load_model(path)
     about = {
         "checkpoint": str(path),
         "step": state["step"],
@@ -54,9 +51,7 @@ def open_trained(out_dir, checkpoint, init_from, device):
     }
     title = f"{path}: step {state['step']}, {about['mixer']}, {about['tokenizer']} tokens"
     tokenizer = get_tokenizer(state["tokenizer"])
-    return Trained(
-        model.to(device).eval(), tokenizer, state["tokenizer"], state["n_vocab"], title, about
-    )
+    return Trained(model.to(device), tokenizer, state["tokenizer"], state["n_vocab"], title, about)
 
 
 def open_gpt2(source, device):
@@ -76,18 +71,23 @@ def open_gpt2(source, device):
 
 
 def find_checkpoint(out_dir, checkpoint):
-    """checkpoint: latest, best, or a path -> the path. RunError where the run has none."""
+    """checkpoint: latest, best, or a path -> the path. Raises RunError where the run has none."""
     if checkpoint == "best":
-        return os.path.join(out_dir, "best.pt")
-    if checkpoint != "latest":
-        return os.path.expanduser(checkpoint)
-    path = checkpoints.latest(out_dir)
-    if path is None:
-        raise RunError(
-            f"{out_dir} has no checkpoint; name the --out_dir of a run that has, or train one: "
-            f"python train.py config/tbp.py config/laptop.py --out_dir={shlex.quote(out_dir)}"
-        )
-    return path
+        return Path(out_dir).expanduser() / "best.pt"
+    return checkpoints.find(out_dir if checkpoint == "latest" else checkpoint)
+
+
+def load_model(path, **changed):
+    """-> the state in a checkpoint of ours, and its model, on the CPU, in eval mode.
+
+    changed: fields of GPTConfig that shall differ from the checkpoint's. Raises RunError for a file
+    that is no checkpoint, or not of this model.py.
+    """
+    state = checkpoints.load(path)
+    model_config = checkpoints.model_config(path, state, GPTConfig)
+    model = GPT(replace(model_config, **changed))
+    checkpoints.restore(path, state, model)
+    return state, model.eval()
 
 
 def activation_dtype(name, model, device):

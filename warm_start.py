@@ -5,8 +5,8 @@ The weights that a new run begins with: a checkpoint of ours, or GPT-2's kind (p
     python train.py --init_from=out/tbp/ckpt_0002000.pt --block_size=512 --dropout=0.1
     python train.py config/finetune.py --init_from=auto:gpt2 --dataset=mytexts  # or goes on
 
-A run's folder means its best.pt, or its newest checkpoint where there is no best.pt. The new run
-begins at step 0 with a new optimizer, and has its own data, schedule, dropout and weight decay.
+A run's folder means its newest whole checkpoint; the best one has a path, out/tbp/best.pt. The new
+run begins at step 0 with a new optimizer, and has its own data, schedule, dropout and weight decay.
 Knobs of the model that the user does not name are the checkpoint's. A value that differs from the
 checkpoint's is refused, except for block_size, dropout and stream_dtype.
 
@@ -72,7 +72,7 @@ def knobs(init_from, out_dir):
     if pretrained.is_gpt2(source):
         return pretrained.knobs(source)
     try:
-        path = find(source)
+        path = checkpoint.find(source)
         model = asdict(checkpoint.model_config(path, checkpoint.load(path), GPTConfig))
     except (RunError, ValueError):
         return []
@@ -89,7 +89,7 @@ def start_from(source, model, meta):
     """
     if pretrained.is_gpt2(source):
         return pretrained.start_from(source, model, meta)
-    path = find(source)
+    path = checkpoint.find(source)
     state = checkpoint.load(path)
     check_tokens(path, state, meta)
     check_model(path, checkpoint.model_config(path, state, GPTConfig), model.config)
@@ -105,19 +105,6 @@ def start_from(source, model, meta):
             "initialisation, so the loss there is at first that of a model that knows no positions"
         )
     return lines
-
-
-def find(source):
-    """-> the path of the checkpoint. Raises RunError where a folder has none."""
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        return path
-    if (path / "best.pt").exists():
-        return path / "best.pt"
-    newest = checkpoint.latest(path)
-    if newest is None:
-        raise RunError(f"{path} has no checkpoint: neither best.pt nor a ckpt_*.pt that is whole")
-    return newest
 
 
 def check_tokens(path, state, meta):

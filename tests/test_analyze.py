@@ -474,7 +474,7 @@ def test_what_is_missing_is_said(tmp_path):
     [
         ("--tokens=0", "tokens = 0 must be at least 1"),
         ("--loss_tokens=-1", "loss_tokens = -1 at least 0"),
-        ("--out_dir=nowhere", "nowhere has no checkpoint; name the"),
+        ("--out_dir=nowhere", "nowhere has no whole checkpoint; name a"),
         ("--runs=nowhere/*", "--runs=nowhere/*: there is no such folder"),
         ("--runs=config,nowhere", "--runs=nowhere: there is no such folder"),
         ("--runs=config --figure=loss", "config: no run is there"),

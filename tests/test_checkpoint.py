@@ -140,6 +140,25 @@ def test_what_is_no_checkpoint_is_refused(content, says, tmp_path):
 
 
 @pytest.mark.quick
+def test_a_folder_means_its_newest_whole_checkpoint(tmp_path, capsys):
+    folder = tmp_path / "learning_rate=0.008"
+    with pytest.raises(RunError, match="--out_dir=.*learning_rate=0.008"):
+        checkpoint.find(folder)
+    folder.mkdir()
+    with pytest.raises(RunError, match="has no whole checkpoint; name a run that has, or train"):
+        checkpoint.find(folder)
+    for step in (1, 2):
+        checkpoint.save(folder, state(step), keep=2, best=step == 1)
+    first, second = folder / "ckpt_0000001.pt", folder / "ckpt_0000002.pt"
+    assert checkpoint.find(str(folder)) == second
+    second.write_bytes(b"")
+    assert checkpoint.find(folder) == first and "ckpt_0000002.pt: not a" in capsys.readouterr().err
+    assert checkpoint.find(second) == second, "a checkpoint that is named is not another one"
+    assert checkpoint.find(folder / "best.pt") == folder / "best.pt"
+    assert checkpoint.find(folder / "no.pt") == folder / "no.pt", "`load` says what is wrong"
+
+
+@pytest.mark.quick
 def test_another_kind_of_torch_file_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
     with pytest.raises(RunError, match="lacks best_val, command, config, .*, tokenizer"):

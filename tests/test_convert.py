@@ -18,6 +18,7 @@ from mixers import MIXERS, ds_error, mixing_matrix, n_logits
 from model import GPT, GPTConfig
 from passes import mean_square
 from streams import HyperConnection, Streams
+from trained import load_model
 
 SIZES = dict(block_size=16, vocab_size=320, n_layer=2, n_head=2, n_embd=C)
 MIXING = [name for name in MIXERS if not MIXERS[name].one_stream]
@@ -64,7 +65,7 @@ def write(out_dir, model, **about):
 
 
 def read(out_dir):
-    return convert.load(out_dir)[2]
+    return load_model(checkpoint.find(out_dir))[1]
 
 
 def logits(model, tokens):
@@ -475,5 +476,6 @@ def test_mixers_that_cannot_be_had_are_refused(old, arguments, says, command, tm
 
 def test_the_command_line_answers_in_one_line(tmp_path):
     said = run("convert.py", "export", tmp_path, tmp_path / "new", ok=False)
-    assert said.strip() == f"RunError: {tmp_path}: it has no checkpoint of this project"
+    assert said.startswith(f"RunError: {tmp_path} has no whole checkpoint; name a run that has")
+    assert said.count("\n") == 1
     assert "convert.py mixer out/tbp" in run("convert.py", "--help")

@@ -150,7 +150,7 @@ def test_a_model_with_bfloat16_streams(tmp_path):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ("--out_dir=nowhere", "nowhere has no checkpoint"),
+        ("--out_dir=nowhere", "nowhere has no whole checkpoint"),
         ("--checkpoint=no.pt", "no.pt: no such checkpoint"),
         ("--checkpoint=DIR/notes.txt", "not a whole checkpoint"),
         ("--temperature=-1", "temperature must be at least 0, not -1.0"),

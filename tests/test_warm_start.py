@@ -66,16 +66,6 @@ def test_a_vocabulary_that_is_padded_otherwise(source):
 
 
 @pytest.mark.quick
-def test_the_best_of_a_folder_else_its_newest(source, tmp_path):
-    _, folder = source
-    assert warm_start.find(folder).name == "ckpt_0000007.pt"
-    shutil.copy(warm_start.find(folder), tmp_path / "source" / "best.pt")
-    assert warm_start.find(folder).name == "best.pt"
-    named = tmp_path / "source" / "ckpt_0000007.pt"
-    assert warm_start.find(str(named)) == named
-
-
-@pytest.mark.quick
 def test_the_knobs_are_those_of_the_checkpoint_but_for_dropout(tmp_path):
     options = {"sinkhorn_rounds": 7}
     model = model_with(1, mixer="sinkhorn", n_mlp=40, dropout=0.2, options=options)
@@ -133,7 +123,7 @@ def test_what_is_not_there_is_refused(tmp_path):
     for named in ("auto:", "auto:scratch", "auto:resume"):
         with pytest.raises(ValueError, match="after auto: weights are named, or say auto"):
             warm_start.check_source(named, str(tmp_path))
-    with pytest.raises(RunError, match="neither best.pt nor a ckpt_"):
+    with pytest.raises(RunError, match="has no whole checkpoint; name a run that has"):
         warm_start.start_from(str(tmp_path), model_with(2), BYTES)
 
 
@@ -142,17 +132,17 @@ def test_what_is_not_there_is_refused(tmp_path):
 
 def test_a_new_run_begins_with_the_loss_at_which_the_other_ended(tiny, tmp_path):
     run(*tiny, "--mixer=rtbp", "--n_streams=3", "--max_iters=8", "--lr_decay_iters=8")
-    best = load(tmp_path / "out/best.pt")
+    last_of_old = load(tmp_path / "out/ckpt_0000008.pt")
     no_shape = [word for word in tiny if not word.startswith(("--n_", "--block_size", "--out_dir"))]
     (tmp_path / "tenth.py").write_text("learning_rate = learning_rate / 10\n")
     new = [*no_shape, f"--out_dir={tmp_path}/new", f"--init_from={tmp_path}/out"]
     output = run(*new, tmp_path / "tenth.py", "--dropout=0.1", "--weight_decay=0.0", "--seed=5")
-    assert f"weights: {tmp_path}/out/best.pt, after its step 8" in output
+    assert f"weights: {tmp_path}/out/ckpt_0000008.pt, after its step 8" in output
     first, *_, last = records(tmp_path / "new")
-    assert first["step"] == 0 and first["val"] == best["best_val"] and last["step"] == 6
+    assert first["step"] == 0 and first["val"] == last_of_old["best_val"] and last["step"] == 6
 
     state = load(tmp_path / "new/ckpt_0000006.pt")
-    assert state["model_config"] == best["model_config"] | {"dropout": 0.1}
+    assert state["model_config"] == last_of_old["model_config"] | {"dropout": 0.1}
     assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.0}
     assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {6.0}
     config = json.loads((tmp_path / "new/config.json").read_text())
