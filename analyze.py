@@ -105,7 +105,7 @@ def analysis(path, device):
     loss, loss_tokens: validation loss in nats a token, and on how many tokens; None and 0 with
         --loss_tokens=0.
     sublayers: a list in order of depth, of dicts. M is the mean over the tokens unless the line
-    says otherwise. Where reads are taken ahead (sees is not "streams"), read and dominant_stream of
+    says otherwise. Where reads are taken ahead (sees="input"), read and dominant_stream of
     a sublayer are what the next one reads, or the head:
       name            its layer and branch, "3 mlp", or "3 block" with wraps=block
       mix, read, write          means (n, n), (n,), (n,)

@@ -24,9 +24,10 @@ class Coefficients(nn.Module):
     sizes        how many logits each part has, such as (read, write, mix); each has its own alpha
     squashed     for each part, whether f is tanh; otherwise f is the identity
     n_streams    more than FEW_STREAMS: logits and coefficients are stacked, see below
-    n_seen       how many numbers of a token phi multiplies
+    n_embd       C, the channels of a stream
     dynamic      whether coefficients depend on the token
-    seen         the fields of Streams that hold these numbers
+    sees         what phi multiplies: the n_streams * C numbers of all "streams", or the C of the
+                 branch's "input"
     alpha_start  where each alpha starts
 
     A subclass defines `start_bias()`, the bias at the start, and `coefficients_of(*parts)`, from
@@ -37,13 +38,14 @@ class Coefficients(nn.Module):
     list.
     """
 
-    def __init__(self, *, sizes, squashed, n_streams, n_seen, dynamic, alpha_start, seen=("x",)):
+    def __init__(self, n_streams, n_embd, *, sizes, squashed, dynamic, alpha_start, sees="streams"):
         super().__init__()
-        self.sizes, self.squashed, self.seen = sizes, squashed, seen
+        self.sizes, self.squashed, self.sees = sizes, squashed, sees
         self.dynamic, self.alpha_start = dynamic, alpha_start
         self.stacked = n_streams > FEW_STREAMS
         self.bias = nn.Parameter(torch.empty(sum(sizes)))
         if dynamic:
+            n_seen = n_embd * (n_streams if sees == "streams" else 1)
             self.phi = nn.Parameter(torch.empty(sum(sizes), n_seen))  # (out, in)
             self.alpha = nn.Parameter(torch.empty(len(sizes)))
 
@@ -65,10 +67,10 @@ class Coefficients(nn.Module):
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         if not self.dynamic:
             return recompute(self.static_coefficients, self.bias)
-        seen, square = streams.select(self.seen), streams.mean_square
+        seen, square = streams.seen(self.sees), streams.mean_square
         if square is None:
-            square = mean_square(*seen)
-        y, r = Project.apply(square, self.phi, *seen)
+            square = mean_square(seen)
+        y, r = Project.apply(square, seen, self.phi)
         return recompute(self.dynamic_coefficients, y, r, self.alpha, self.bias)
 
     def dynamic_coefficients(self, y, r, alpha, bias):

@@ -33,7 +33,6 @@ from streams import (
     Streams,
     check_choice,
     check_connection,
-    fields_seen,
     start_streams,
 )
 
@@ -57,8 +56,7 @@ class GPTConfig:
     n_streams: int = 4  # n; 1 for the residual mixer
     dynamic: bool = True  # coefficients depend on the token; False: parameters of the sublayer
     gates: str = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
-    # Values of sees other than "streams" need readout = "learned".
-    sees: str = "streams"  # what a, w and M see: streams; or input, mean, shares, or some with +
+    sees: str = "streams"  # what a, w and M see: streams, or input (needs a learned readout)
     wraps: str = "sublayer"  # a hyper-connection is around: sublayer, or block (both sublayers)
     mix_scale: str = "none"  # learned factors of M: none, sublayer (one), stream (one a row)
     mix_start: float = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T, if the mixer has it
@@ -105,15 +103,10 @@ class GPTConfig:
             self.refuse_knobs_of_streams()
         elif self.x0_scalars:
             raise ValueError(f"x0_scalars are for the residual mixer, not for {self.mixer}")
-        if self.sees != "streams" and self.readout != "learned":
+        if self.sees == "input" and self.readout != "learned":
             raise ValueError(
-                f"with sees={self.sees!r} the last sublayer learns what the head reads: readout "
-                f"must be 'learned', not {self.readout!r}"
-            )
-        if not self.dynamic and self.sees not in ("streams", "input"):
-            raise ValueError(
-                "with dynamic=False coefficients see nothing: sees must be 'streams', or 'input' "
-                f"to read ahead, not {self.sees!r}"
+                "with sees='input' the last sublayer learns what the head reads: readout must be "
+                f"'learned', not {self.readout!r}"
             )
 
     def refuse_knobs_of_streams(self):
@@ -235,8 +228,7 @@ class Embedding(nn.Module):
         if not self.dynamic:
             return streams
         # Computed here, so that all blocks get the same kind of input and share one graph.
-        seen = streams.select(fields_seen(self.sees))
-        return streams._replace(mean_square=mean_square(*seen))
+        return streams._replace(mean_square=mean_square(streams.seen(self.sees)))
 
 
 class Head(nn.Module):

@@ -37,70 +37,47 @@ def cast(t, dtype):
 # ---- sums ----------------------------------------------------------------------------------------
 
 
-def add_up(tensors):
-    """Their sum. Python's sum() would add them to 0, one operation more."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
-
-
 @torch.no_grad()
-def mean_square(*xs):
-    """xs, each (B, T, ...) -> (B, T) in float32, the mean square of all numbers of a token.
-    Without a gradient: Project.backward adds what comes through the norm to the gradient of xs."""
-    numbers = torch.cat([at_least_float32(x).flatten(2) for x in xs], -1)
-    return numbers.square().mean(-1)
+def mean_square(x):
+    """x (B, T, ...) -> (B, T) in float32, the mean square of all numbers of a token. Without a
+    gradient: Project.backward adds what comes through the norm to the gradient of x."""
+    return at_least_float32(x).flatten(2).square().mean(-1)
 
 
 # ---- from the streams to logits ------------------------------------------------------------------
 
 
 class Project(torch.autograd.Function):
-    """y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T), both in float32.
+    """square (B, T), x (B, T, ...), phi (K, N) for the N numbers of a token
+    -> y = phi @ x (K, B, T) and r = 1 / rms(x) (B, T), both in float32.
 
-    Arguments: square (B, T), the mean square of x; phi (K, N), for the N numbers of a token; then
-    x, as one tensor (B, T, ...) or as several that hold the N numbers one after the other.
-
-    The caller needs phi @ RMSNorm(x), which is y * r: the norm is applied after the product, and
-    the mean square comes from the pass that wrote x, so x is read once. In the backward x gets the
-    gradient that goes through r too, and the mean square gets none.
+    square is the mean square of x. The caller needs phi @ RMSNorm(x), which is y * r: the norm is
+    applied after the product, and the mean square comes from the pass that wrote x, so x is read
+    once. In the backward x gets the gradient that goes through r too, and square gets none.
     """
 
     @staticmethod
-    def forward(ctx, *args):
-        square, phi, *xs = args
-        columns = columns_for(xs, phi.to(xs[0].dtype))
-        products = [matmul_float32(c, flat_tokens(x).t()) for x, c in zip(xs, columns)]
-        y = add_up(products).unflatten(1, square.shape)
+    def forward(ctx, square, x, phi):
+        y = matmul_float32(phi.to(x.dtype), flat_tokens(x).t()).unflatten(1, square.shape)
         r = torch.rsqrt(square + 1e-6)
-        ctx.save_for_backward(phi, r, *xs)
+        ctx.save_for_backward(x, phi, r)
         return y, r
 
     @staticmethod
     def backward(ctx, grad_y, grad_r):
-        phi, r, *xs = ctx.saved_tensors
-        phi = phi.to(xs[0].dtype)
-        grad_y = grad_y.to(phi.dtype).flatten(1)  # (K, B*T)
+        x, phi, r = ctx.saved_tensors
+        grad_y = grad_y.to(x.dtype).flatten(1)  # (K, B*T)
         # r = (mean(x^2) + 1e-6)^(-1/2), so dr/dx = -r^3 x / N.
-        radial = (grad_r * r * r * r / phi.shape[1]).to(phi.dtype)  # (B, T), for -x
-        grads, grad_phi = [], []
-        for x, columns in zip(xs, columns_for(xs, phi)):
-            with torch.autocast(x.device.type, enabled=False):
-                grad_x = grad_y.t() @ columns
-            grads.append(grad_x.view_as(x) - x * radial[(..., *[None] * (x.ndim - 2))])
-            grad_phi.append(matmul_float32(grad_y, flat_tokens(x)))
-        return None, grad_phi[0] if len(xs) == 1 else torch.cat(grad_phi, 1), *grads
+        radial = (grad_r * r * r * r / phi.shape[1]).to(x.dtype)  # (B, T), for -x
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = (grad_y.t() @ phi.to(x.dtype)).view_as(x)
+        grad_x = grad_x - x * radial[(..., *[None] * (x.ndim - 2))]
+        return None, grad_x, matmul_float32(grad_y, flat_tokens(x))
 
 
 def flat_tokens(x):
     """x (B, T, ...) -> (B*T, numbers of a token)."""
     return x.flatten(0, 1).flatten(1)
-
-
-def columns_for(xs, phi):
-    """phi (K, N) -> the columns that multiply the numbers of each of xs."""
-    return phi.split([x.shape[2:].numel() for x in xs], 1)
 
 
 class Logits(torch.autograd.Function):
@@ -248,51 +225,14 @@ class Write(torch.autograd.Function):
         return grad, grad_v, None, None, *sum_to_shape(w.shape[:-1], grad_planes)
 
 
-# Vectors s_c = sum_i f_ic x_ic that coefficients may see, beside the branch's input. The two
-# functions return f, (n, 1) or (n, C).
-
-
-def mean_read(n, C, dtype, device):
-    """Every stream counts 1/n."""
-    return torch.full((n, 1), 1 / n, dtype=dtype, device=device)
-
-
-def shares_read(n, C, dtype, device):
-    """Channel c comes from stream c % n: an n-th of each stream."""
-    stream = torch.arange(n, device=device)[:, None]
-    return (torch.arange(C, device=device) % n == stream).to(dtype)
-
-
-FIXED_READS = {"mean": mean_read, "shares": shares_read}
-
-
-def fixed_weights(name, xs):
-    """The weights f_i (1,) or (C,) of each stream of xs, a list of (B, T, C) in float32."""
-    x = xs[0]
-    return FIXED_READS[name](len(xs), x.shape[-1], x.dtype, x.device).unbind(0)
-
-
-def mean_of_squares(vectors):
-    """As `mean_square`, of vectors (B, T, C), with one sum for each: a pass over the streams then
-    need not join them first."""
-    squares = [s.square().mean(-1) for s in vectors]
-    return add_up(squares) / len(squares) if len(squares) > 1 else squares[0]
-
-
-def fixed_read(name, xs):
-    """-> s (B, T, C)."""
-    return add_up([weight * x for weight, x in zip(fixed_weights(name, xs), xs)])
-
-
 class MixWriteReadAhead(torch.autograd.Function):
     """Mix, write and read ahead, in one pass over the streams.
 
-    x (B, T, n, C), v (B, T, C), a and w (B, T, n), M (B, T, n, n) or None for I, the names of what
-    the next coefficients see, then the planes of a, w and M.
+    x (B, T, n, C), v (B, T, C), a and w (B, T, n), M (B, T, n, n) or None for I, then the planes of
+    a, w and M.
 
-    -> x'_i = sum_j M_ij x_j + w_i v (B, T, n, C); u' = sum_i a_i x'_i (B, T, C); the mean square of
-    what is seen (B, T) in float32; and those FIXED_READS of x' that are seen, each (B, T, C). All
-    but the mean square are in x's dtype.
+    -> x'_i = sum_j M_ij x_j + w_i v (B, T, n, C) and u' = sum_i a_i x'_i (B, T, C), both in x's
+    dtype; and the mean square of u' (B, T) in float32.
 
     Each stream is a tensor of its own throughout, so that every loop runs over tokens and channels.
 
@@ -306,9 +246,8 @@ class MixWriteReadAhead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        x, v, a, w, M, seen = args[:6]
+        x, v, a, w, M = args[:5]
         ctx.save_for_backward(x, v, a, w, M)
-        ctx.fixed = [name for name in seen if name in FIXED_READS]
         xs, v = x.unbind(-2), at_least_float32(v)
         new = []
         for i in range(len(xs)):
@@ -317,21 +256,17 @@ class MixWriteReadAhead(torch.autograd.Function):
                 mixed = sum(M[..., i, j, None] * x_j for j, x_j in enumerate(xs))
             new.append(mixed + w[..., i, None] * v)
         u = sum(a[..., i, None] * x_i for i, x_i in enumerate(new))
-        fixed = [fixed_read(name, new) for name in ctx.fixed]
-        square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
+        square = u.square().mean(-1)
         ctx.mark_non_differentiable(square)
         new = torch.stack([cast(x_i, x.dtype) for x_i in new], -2)
-        return new, cast(u, x.dtype), square, *[cast(s, x.dtype) for s in fixed]
+        return new, cast(u, x.dtype), square
 
     @staticmethod
-    def backward(ctx, grad, grad_u, _, *grad_fixed):
+    def backward(ctx, grad, grad_u, _):
         x, v, a, w, M = ctx.saved_tensors
         indices = range(x.shape[-2])
         xs = [at_least_float32(x_j) for x_j in x.unbind(-2)]
         grads = [at_least_float32(grad_i) for grad_i in grad.unbind(-2)]
-        for name, grad_s in zip(ctx.fixed, grad_fixed):
-            grad_s, weights = at_least_float32(grad_s), fixed_weights(name, xs)
-            grads = [grad_i + weight * grad_s for grad_i, weight in zip(grads, weights)]
         v32, grad_u = at_least_float32(v), at_least_float32(grad_u)
         a_planes, w_planes = a.unbind(-1), w.unbind(-1)
 
@@ -353,7 +288,7 @@ class MixWriteReadAhead(torch.autograd.Function):
         grad_x = torch.stack([grad_j.to(x.dtype) for grad_j in grad_x], -2)
         grad_v = sum(w[..., i, None] * G[i] for i in indices).to(v.dtype)
         planes = sum_to_shape(a.shape[:-1], [*grad_a, *grad_w, *grad_M])
-        return grad_x, grad_v, None, None, None, None, *planes
+        return grad_x, grad_v, None, None, None, *planes
 
 
 def sum_to_shape(shape, planes):

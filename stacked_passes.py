@@ -14,12 +14,9 @@ all tokens (sum_to_size).
 import torch
 
 from passes import (
-    FIXED_READS,
     alpha_of_logits,
     at_least_float32,
     cast,
-    fixed_read,
-    mean_of_squares,
     mixed_by,
     one_hot_parts,
     squashed_logits,
@@ -118,27 +115,21 @@ class MixWriteStacked(torch.autograd.Function):
 
 
 class MixWriteReadAheadStacked(torch.autograd.Function):
-    """As `MixWriteReadAhead`, from x, v, a, w, M (None for I) and `seen`, without planes."""
+    """As `MixWriteReadAhead`, from x, v, a, w and M (None for I), without planes."""
 
     @staticmethod
-    def forward(ctx, x, v, a, w, M, seen):
+    def forward(ctx, x, v, a, w, M):
         ctx.save_for_backward(x, v, a, w, M)
-        ctx.fixed = [name for name in seen if name in FIXED_READS]
         new = mix_and_write(x, v, w, M)
         u = (a[..., None] * new).sum(-2)
-        fixed = [fixed_read(name, new.unbind(-2)) for name in ctx.fixed]
-        square = mean_of_squares([u, *fixed] if "input" in seen else fixed)
+        square = u.square().mean(-1)
         ctx.mark_non_differentiable(square)
-        return cast(new, x.dtype), cast(u, x.dtype), square, *[cast(s, x.dtype) for s in fixed]
+        return cast(new, x.dtype), cast(u, x.dtype), square
 
     @staticmethod
-    def backward(ctx, grad, grad_u, _, *grad_fixed):
+    def backward(ctx, grad, grad_u, _):
         x, v, a, w, M = ctx.saved_tensors
         v32, grad_u = at_least_float32(v), at_least_float32(grad_u)
-        for name, grad_s in zip(ctx.fixed, grad_fixed):
-            weights = FIXED_READS[name](*x.shape[-2:], v32.dtype, x.device)
-            grad = grad + weights * at_least_float32(grad_s)[..., None, :]  # float32
-
         u_v = (grad_u * v32).sum(-1, keepdim=True)
         u_x = (grad_u[..., None, :] * x).sum(-1)
         grad_w = (at_least_float32(grad) * v32[..., None, :]).sum(-1) + a * u_v
@@ -158,7 +149,7 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
         grad_v = (w[..., None] * grad).sum(-2) + (w * a).sum(-1, keepdim=True) * grad_u
         grad_v = grad_v.to(v.dtype)
         grad_a, grad_w = grad_a.sum_to_size(a.shape), grad_w.sum_to_size(w.shape)
-        return grad_x, grad_v, grad_a, grad_w, grad_M, None
+        return grad_x, grad_v, grad_a, grad_w, grad_M
 
 
 def mix_and_write(x, v, w, M):

@@ -10,7 +10,6 @@ Where the numbers come from that read, mix and write is in coefficients.py; the 
 streams themselves, forward and backward, are in passes.py and stacked_passes.py.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -24,14 +23,7 @@ from mixers import (
     stacked_matrix,
     start_logits,
 )
-from passes import (
-    FIXED_READS,
-    MixWriteReadAhead,
-    ReadAndMix,
-    Write,
-    at_least_float32,
-    fixed_read,
-)
+from passes import MixWriteReadAhead, ReadAndMix, Write, at_least_float32
 from stacked_passes import MixWriteReadAheadStacked, MixWriteStacked, ReadStacked, tokens_first
 
 
@@ -42,23 +34,17 @@ class Streams(NamedTuple):
     mean_square  (B, T) in float32: the mean square of all numbers of a token that coefficients see.
                  It travels with x because the pass that writes x computes it on the way. None where
                  no pass did, as at the start: a dynamic sublayer then computes it.
-
-    The others are None unless sublayers read ahead (`sees` of HyperConnection); (B, T, C) each:
-
-    input        u, which the next branch reads
-    mean         the mean of the streams, if coefficients see it
-    shares       a part of each stream, if coefficients see it: channel c comes from stream c % n
+    input        (B, T, C): u, which the next branch reads. None unless sublayers read ahead (`sees`
+                 of HyperConnection).
     """
 
     x: torch.Tensor
     mean_square: torch.Tensor | None
     input: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    shares: torch.Tensor | None = None
 
-    def select(self, fields):
-        """-> the tensors of these fields."""
-        return [getattr(self, field) for field in fields]
+    def seen(self, sees):
+        """What coefficients see, for a value of SEES."""
+        return self.x if sees == "streams" else self.input
 
     def at(self, positions):
         """-> Streams with T = 1: of each sequence b, the token at positions[b]."""
@@ -66,42 +52,21 @@ class Streams(NamedTuple):
         return Streams(*(None if t is None else t[sequences, positions][:, None] for t in self))
 
 
-# What coefficients may see: all streams, or one or more vectors of C numbers. With vectors, each
-# sublayer also writes what the next one reads and sees: one pass over the streams instead of two.
-VECTORS = ("input", *FIXED_READS)
-SEES = ("streams",) + tuple(
-    "+".join(names) for k in (1, 2, 3) for names in itertools.combinations(VECTORS, k)
-)
-
-
-def fields_seen(sees):
-    """One of SEES -> the fields of Streams that it means."""
-    return ("x",) if sees == "streams" else tuple(sees.split("+"))
+# What coefficients may see: all streams, or the branch's input alone. With the input, each sublayer
+# also writes what the next one reads: one pass over the streams instead of two.
+SEES = ("streams", "input")
 
 
 def start_streams(x, n_streams, offsets=None, sees="streams"):
     """x (B, T, C) -> Streams: n copies of x, plus offsets (n, C) if there are any.
 
-    sees: what the coefficients of the HyperConnections see. Unless it is "streams", sublayers read
-    ahead: the first branch reads the mean of the streams, and the head the `input` of the last
-    Streams.
+    sees: that of the HyperConnections. With "input" sublayers read ahead: the first branch reads
+    the mean of the streams, and the head the `input` of the last Streams.
     """
     x = x[:, :, None].repeat(1, 1, n_streams, 1)
     if offsets is not None:
         x = x + offsets.to(x.dtype)
-    if sees == "streams":
-        return Streams(x, None)
-    return with_fixed_reads(Streams(x, None, x.mean(2)), fields_seen(sees))
-
-
-def with_fixed_reads(streams, fields):
-    """Streams -> Streams that have those of the fields that are FIXED_READS."""
-    reads = {}
-    for name in fields:
-        if name in FIXED_READS:
-            read = fixed_read(name, at_least_float32(streams.x).unbind(2))
-            reads[name] = read.to(streams.x.dtype)
-    return streams._replace(**reads)
+    return Streams(x, None, x.mean(2) if sees == "input" else None)
 
 
 # ---- the modules around a branch -----------------------------------------------------------------
@@ -129,10 +94,10 @@ class ScaledResidual(Coefficients):
 
     def __init__(self, n_embd, *, dynamic=True, alpha_start=0.01):
         super().__init__(
+            1,
+            n_embd,
             sizes=(1,),
             squashed=(False,),
-            n_streams=1,
-            n_seen=n_embd,
             dynamic=dynamic,
             alpha_start=alpha_start,
         )
@@ -190,10 +155,9 @@ class HyperConnection(Coefficients):
                 each "stream" (a row of M). The mixer's matrix is doubly stochastic; the product M
                 is not. A factor is exp(logit), and its logit shares alpha_mix.
     sees        what a, w and M depend on: all "streams", as in the papers; or the branch's "input"
-                u, the "mean" of the streams, their "shares" (an n-th of each stream's channels), or
-                several of the three, as in "input+mean". phi then has C columns for each, and the
-                module also computes what the next branch reads, u' = sum_i a_i x'_i: one pass over
-                the streams mixes, writes and reads. The first branch reads the mean.
+                u. phi then has C columns instead of n C, and the module also computes what the next
+                branch reads, u' = sum_i a_i x'_i: one pass over the streams mixes, writes and
+                reads. The first branch reads the mean.
     last        whether this is the last one. Where reads are taken ahead, the a of the last one
                 makes the head's input, and starts at 1/n, the mean.
     options     the mixer's own, by name
@@ -236,20 +200,18 @@ class HyperConnection(Coefficients):
         n_scales = {"none": 0, "sublayer": 1, "stream": n_streams}[mix_scale]
         sizes = (n_streams, n_streams, K + n_scales)  # read, write, mix
         squashed = (gates == "free", gates == "free", squash_mix)
-        seen = fields_seen(sees)
-        n_seen = n_embd * (n_streams if sees == "streams" else len(seen))
         super().__init__(
+            n_streams,
+            n_embd,
             sizes=sizes,
             squashed=squashed,
-            n_streams=n_streams,
-            n_seen=n_seen,
             dynamic=dynamic,
             alpha_start=alpha_start,
-            seen=seen,
+            sees=sees,
         )
 
         self.mixer, self.n_streams, self.options = mixer, n_streams, options
-        self.read_ahead = sees != "streams"
+        self.read_ahead = sees == "input"
         reader = sublayer + self.read_ahead  # the sublayer whose branch reads with this module's a
         self.most_read = reader % n_streams
         reads_evenly = last and self.read_ahead
@@ -294,10 +256,10 @@ class HyperConnection(Coefficients):
         if not self.read_ahead:
             by = self.by_tensors if self.stacked else self.by_planes
             return by(streams, branch, *self.coefficients(streams))
-        if any(getattr(streams, name) is None for name in ("input", *self.seen)):
+        if streams.input is None:
             raise ValueError(
-                f"the streams do not have what sees={'+'.join(self.seen)!r} needs: begin with "
-                "start_streams(..., sees=...), with the sees of the connection"
+                "the streams have no input, which a connection with sees='input' needs: begin with "
+                "start_streams(..., sees='input')"
             )
         # The branch comes first. With the coefficients in between, the compiler keeps the branch's
         # norm of u in float32 for the backward, although it could compute the norm again from u.
@@ -326,24 +288,20 @@ class HyperConnection(Coefficients):
     def ahead_by_planes(self, streams, v, read, write, mix):
         """As `by_planes`, with the branch's output v (B, T, C), where reads are taken ahead."""
         tensors, planes = tensors_of_planes(read, write, mix), read + write + mix
-        passed = MixWriteReadAhead.apply(streams.x, v, *tensors, self.seen, *planes)
-        return self.streams_of(*passed)
+        new, u, square = MixWriteReadAhead.apply(streams.x, v, *tensors, *planes)
+        return Streams(new, square if self.dynamic else None, u)
 
     def ahead_by_tensors(self, streams, v, read, write, mix):
         """As `by_tensors`, with the branch's output v (B, T, C), where reads are taken ahead."""
         tensors = tensors_of_stacks(read, write, mix)
-        return self.streams_of(*MixWriteReadAheadStacked.apply(streams.x, v, *tensors, self.seen))
-
-    def streams_of(self, new, u, square, *fixed):
-        """What a pass that reads ahead returns -> Streams."""
-        names = [name for name in self.seen if name in FIXED_READS]
-        return Streams(new, square if self.dynamic else None, u, **dict(zip(names, fixed)))
+        new, u, square = MixWriteReadAheadStacked.apply(streams.x, v, *tensors)
+        return Streams(new, square if self.dynamic else None, u)
 
     @torch.no_grad()
     def observe(self, streams):
         """-> a (B, T, n), w (B, T, n) and M (B, T, n, n) of every token, in float32.
 
-        Unless sees="streams", a gives what the next sublayer reads."""
+        With sees="input", a gives what the next sublayer reads."""
         (B, T, n, _), device = streams.x.shape, streams.x.device
         read, write, mix = self.coefficients(streams)
         a, w = (torch.stack([*planes], -1).expand(B, T, n) for planes in (read, write))
@@ -362,10 +320,10 @@ class ReadOut(Coefficients):
 
     def __init__(self, n_streams, n_embd, *, dynamic=True, alpha_start=0.01):
         super().__init__(
+            n_streams,
+            n_embd,
             sizes=(n_streams,),
             squashed=(False,),
-            n_streams=n_streams,
-            n_seen=n_streams * n_embd,
             dynamic=dynamic,
             alpha_start=alpha_start,
         )

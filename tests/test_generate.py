@@ -118,7 +118,6 @@ FORMS = [
     dict(stream_start="learned"),
     dict(wraps="block"),
     dict(sees="input", readout="learned"),
-    dict(sees="input+mean+shares", readout="learned"),
 ]
 
 

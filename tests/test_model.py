@@ -125,9 +125,8 @@ def test_the_embedding_gives_the_mean_square_of_what_is_seen(sees, tokens):
     with torch.no_grad():
         model.embed.offsets.normal_()
     streams = model.embed(tokens)
-    names = ["x"] if sees == "streams" else sees.split("+")
-    squares = torch.cat([getattr(streams, name).flatten(2) for name in names], -1).square()
-    torch.testing.assert_close(streams.mean_square, squares.mean(-1))
+    seen = streams.x.flatten(2) if sees == "streams" else streams.x.mean(2)
+    torch.testing.assert_close(streams.mean_square, seen.square().mean(-1))
 
 
 LEAN = {"sees": "input", "readout": "learned"}
@@ -135,7 +134,6 @@ FORMS = [
     *((dynamic, LEAN) for dynamic in (True, False)),
     *((dynamic, LEAN | {"wraps": "block"}) for dynamic in (True, False)),
     *((dynamic, {"wraps": "block"}) for dynamic in (True, False)),
-    *((True, LEAN | {"sees": sees}) for sees in ("shares", "input+mean")),
 ]
 
 

@@ -10,7 +10,6 @@ from mixers import MIXERS, Mixer, ds_error, mixing_matrix, n_logits
 from passes import mean_square
 from streams import (
     SEES,
-    VECTORS,
     HyperConnection,
     ReadOut,
     Residual,
@@ -61,14 +60,11 @@ def plain_hyper_connection(hc, x, branch):
     return torch.einsum("btij,btjc->btic", M, x) + w[..., None] * v[:, :, None]
 
 
-def plain_read_ahead(hc, x, seen, u, branch):
-    """x'_i = sum_j M_ij x_j + w_i F(u), u' = sum_i a_i x'_i, with coefficients that see vectors
-    (B, T, m, C). What follows x' (B, T, n, C) in the result is u', the mean of x', its shares."""
-    a, w, M = plain_coefficients(hc, seen)
+def plain_read_ahead(hc, x, u, branch):
+    """x'_i = sum_j M_ij x_j + w_i F(u), u' = sum_i a_i x'_i, with coefficients that see u."""
+    a, w, M = plain_coefficients(hc, u[:, :, None])
     new = torch.einsum("btij,btjc->btic", M, x) + w[..., None] * branch(u)[:, :, None]
-    n, C = new.shape[2:]
-    shares = torch.stack([new[:, :, c % n, c] for c in range(C)], -1)
-    return new, torch.einsum("bti,btic->btc", a, new), new.mean(2), shares
+    return new, torch.einsum("bti,btic->btc", a, new)
 
 
 def noisy(module, seed=0):
@@ -123,42 +119,19 @@ def test_hyper_connection_and_its_gradients_are_the_plain_formulas(name, knobs, 
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_reading_ahead_and_its_gradients_are_the_plain_formulas(name, knobs, dynamic, n):
-    check_reading_ahead(name, n, {"dynamic": dynamic, **knobs}, "input")
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("sees", [sees for sees in SEES if sees not in ("streams", "input")])
-@pytest.mark.parametrize("name", ["identity", "tbp", "hc"])
-@pytest.mark.parametrize("n", [2, 4, 6])
-def test_what_coefficients_see_and_its_gradients_are_the_plain_formulas(name, sees, n):
-    check_reading_ahead(name, n, {}, sees)
-
-
-def check_reading_ahead(name, n, knobs, sees):
-    """Against plain_read_ahead, for arbitrary vectors seen."""
-    hc = noisy(HyperConnection(name, n, 6, mix_start=0.3, sees=sees, **knobs))
+    hc = noisy(HyperConnection(name, n, 6, dynamic=dynamic, mix_start=0.3, sees="input", **knobs))
     branch = noisy(torch.nn.Linear(6, 6))
     x = torch.randn(2, 3, n, 6, dtype=torch.float64, requires_grad=True)
-    vectors = torch.randn(3, 2, 3, 6, dtype=torch.float64, requires_grad=True)
-    given = dict(zip(VECTORS, vectors))
-    seen = torch.stack([given[name] for name in sees.split("+")], 2)
-    new = hc(Streams(x, mean_square(seen), **given), branch)
-    torch.testing.assert_close(hc(Streams(x, None, **given), branch).x, new.x)
-
-    plain = dict(zip(("x", *VECTORS), plain_read_ahead(hc, x, seen, given["input"], branch)))
-    names = [name for name in VECTORS if name in ("input", *sees.split("+"))]
-    if hc.dynamic:
-        square = torch.stack([plain[name] for name in sees.split("+")]).square().mean((0, -1))
-        torch.testing.assert_close(new.mean_square, square)
-    assert all(getattr(new, name) is None for name in VECTORS if name not in names)
+    u = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    new = hc(Streams(x, mean_square(u), u), branch)
+    torch.testing.assert_close(hc(Streams(x, None, u), branch).x, new.x)
+    plain_x, plain_u = plain_read_ahead(hc, x, u, branch)
+    if dynamic:
+        torch.testing.assert_close(new.mean_square, plain_u.square().mean(-1))
     mine, plain = (
-        torch.cat([x_, torch.stack(ahead, 2)], 2)
-        for x_, ahead in (
-            (new.x, new.select(names)),
-            (plain["x"], [plain[name] for name in names]),
-        )
+        torch.cat([x_, u_[:, :, None]], 2) for x_, u_ in ((new.x, new.input), (plain_x, plain_u))
     )
-    assert_same_with_gradients(mine, plain, [x, vectors, *hc.parameters(), *branch.parameters()])
+    assert_same_with_gradients(mine, plain, [x, u, *hc.parameters(), *branch.parameters()])
 
 
 @pytest.mark.quick
@@ -261,16 +234,13 @@ def test_learned_offsets_are_added_to_the_copies():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("sees", SEES)
-def test_what_the_first_coefficients_see(sees):
+def test_the_first_input_is_the_mean_of_the_streams(sees):
     x, offsets = torch.randn(2, 3, 6), torch.randn(4, 6)
     streams = start_streams(x, 4, offsets, sees)
-    mean = x + offsets.mean(0)
-    shares = x + torch.stack([offsets[c % 4, c] for c in range(6)])
-    for name, expected in (("input", mean), ("mean", mean), ("shares", shares)):
-        if name in sees or (name == "input" and sees != "streams"):
-            torch.testing.assert_close(getattr(streams, name), expected)
-        else:
-            assert getattr(streams, name) is None
+    if sees == "streams":
+        assert streams.input is None
+    else:
+        torch.testing.assert_close(streams.input, x + offsets.mean(0))
 
 
 @pytest.mark.quick
@@ -321,7 +291,7 @@ def test_coefficients_are_float32_in_a_bfloat16_model(name, n, dynamic, autocast
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("knobs", [{}, {"mix_scale": "stream"}, {"sees": "input+mean+shares"}])
+@pytest.mark.parametrize("knobs", [{}, {"mix_scale": "stream"}, {"sees": "input"}])
 @pytest.mark.parametrize("mixer", ["residual", "identity", "tbp"])
 @pytest.mark.parametrize("n", [4, 6])
 def test_streams_in_bfloat16_stay_so(mixer, knobs, n):
@@ -334,7 +304,7 @@ def test_streams_in_bfloat16_stay_so(mixer, knobs, n):
     streams = start_streams(torch.randn(2, 3, 8).bfloat16(), n, sees=knobs.get("sees", "streams"))
     with torch.autocast("cpu", torch.bfloat16):
         new = connection(streams, torch.nn.Linear(8, 8))
-    for field in ("x", *(VECTORS if "sees" in knobs else ())):
+    for field in ("x", "input") if "sees" in knobs else ("x",):
         assert getattr(streams, field).dtype == getattr(new, field).dtype == torch.bfloat16, field
     assert new.mean_square is None or new.mean_square.dtype == torch.float32
 
@@ -343,8 +313,8 @@ def test_streams_in_bfloat16_stay_so(mixer, knobs, n):
 def test_the_mean_of_streams_in_bfloat16_is_summed_in_float32():
     """Of 1/4, 64 and -64: a sum in bfloat16 forgets the quarter."""
     offsets = torch.tensor([[1.0], [256.0], [-256.0], [1.0]]).expand(4, 6)
-    streams = start_streams(torch.zeros(1, 1, 6).bfloat16(), 4, offsets, "mean")
-    assert (streams.mean == 0.5).all()
+    streams = start_streams(torch.zeros(1, 1, 6).bfloat16(), 4, offsets, "input")
+    assert (streams.input == 0.5).all()
 
 
 @pytest.mark.quick
@@ -357,16 +327,13 @@ def test_the_mean_of_streams_in_bfloat16_is_summed_in_float32():
         (lambda: HyperConnection("tbp", 4, 8, gates="open"), "not 'open'"),
         (lambda: HyperConnection("residual", 1, 8), "use streams.Residual"),
         (lambda: HyperConnection("tbp", 4, 8, mix_scale="token"), "not 'token'"),
-        (lambda: HyperConnection("tbp", 4, 8, sees="mean+input"), "not 'mean+input'"),
+        (lambda: HyperConnection("tbp", 4, 8, sees="mean"), "of streams, input, not 'mean'"),
         (lambda: HyperConnection("tbp", 4, 8, alpha_start=0.0), "alpha_start must be above 0"),
-        *(
-            (
-                lambda start=start: HyperConnection("tbp", 2, 8, sees="input+mean")(
-                    start_streams(torch.ones(1, 1, 8), 2, sees=start), torch.nn.Identity()
-                ),
-                "not have what sees='input+mean' needs: begin with start_streams(..., sees=...)",
-            )
-            for start in ("streams", "input")
+        (
+            lambda: HyperConnection("tbp", 2, 8, sees="input")(
+                start_streams(torch.ones(1, 1, 8), 2), torch.nn.Identity()
+            ),
+            "begin with start_streams(..., sees='input')",
         ),
     ],
 )

@@ -18,15 +18,13 @@ from compiler import TESTED_TORCH
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from passes import mean_square
-from streams import Streams, fields_seen, with_fixed_reads
+from streams import Streams
 
 SIZES = {"block_size": 8, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
 READ_AHEAD = {"sees": "input", "readout": "learned"}
-SEES_MORE = {"sees": "input+mean+shares", "readout": "learned"}
 CASES = [
     *((mixer, {}, dynamic) for mixer in MIXERS for dynamic in (True, False)),
     *((mixer, READ_AHEAD, dynamic) for mixer in ("identity", "tbp") for dynamic in (True, False)),
-    *((mixer, SEES_MORE, True) for mixer in ("identity", "tbp")),
 ]
 # Those of this project, in whichever of its files.
 FUNCTIONS = [
@@ -172,13 +170,11 @@ class Sublayer(torch.nn.Module):
         self.sees = model.config.sees
 
     def forward(self, x):
-        """x (B, T, n, C) -> new streams, and where reads are taken ahead what is read and seen."""
-        names, streams = fields_seen(self.sees), Streams(x, None)
-        if self.sees != "streams":
-            streams = with_fixed_reads(Streams(x, None, x.mean(2)), names)
-        streams = streams._replace(mean_square=mean_square(*streams.select(names)))
+        """x (B, T, n, C) -> [new streams], and what is read where reads are taken ahead."""
+        streams = Streams(x, None, x.mean(2) if self.sees == "input" else None)
+        streams = streams._replace(mean_square=mean_square(streams.seen(self.sees)))
         new = self.connection(streams, self.branch)
-        return [t for t in (new.x, new.input, new.mean, new.shares) if t is not None]
+        return [new.x] if new.input is None else [new.x, new.input]
 
 
 def squares_and_gradients(sublayer, n, bfloat16):

@@ -20,7 +20,9 @@ each was best in config/studies/rates.py: their lean forms against the faithful 
 Added after seed 1 of the shallow model at .004 and .008, where hc was behind and tbp_slow broke at
 the higher one: a rate of .001, for a wider model learns best at a lower rate.
 Added after config/studies/mixers.py, where slow connections were better for hc in that model:
-hc_slow and hc_lean_slow. There hc is judged by the better of its two."""
+hc_slow and hc_lean_slow. There hc is judged by the better of its two.
+Left out after five seeds of tbp_lean_slow, which lost nothing: arms whose coefficients saw the mean
+of the streams, or shares of each, beside u or instead of it. There was nothing for them to win."""
 references = ["residual", "tbp_slow"]
 
 files = ["config/laptop.py", "config/deep.py"]
@@ -35,9 +37,6 @@ arms = {
     "tbp_lean": {"mixer": "tbp", **_lean},
     "tbp_lean_slow": {"mixer": "tbp", **_lean, "connection_lr": 0.25},
     "tbp_lean_fast": {"mixer": "tbp", **_lean, "connection_lr": 4.0},
-    "tbp_shares": {"mixer": "tbp", **_lean, "sees": "shares"},
-    "tbp_input_mean": {"mixer": "tbp", **_lean, "sees": "input+mean"},
-    "tbp_input_shares": {"mixer": "tbp", **_lean, "sees": "input+shares"},
     "tbp_lean_scale": {"mixer": "tbp", **_lean, "mix_scale": "sublayer"},
     "orthogonal_lean_scale": {"mixer": "orthogonal", **_lean, "mix_scale": "sublayer"},
     "tbp_lean_block": {"mixer": "tbp", "wraps": "block", **_lean},
