@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from compile_options import compiler_options
+from runtime import pick_autocast
 
 
 class PrefillCache(NamedTuple):
@@ -65,7 +66,7 @@ class Decoder:
         self.model, self.rows, self.dtype = model, rows, dtype
         self.length = cache_length(length, config.block_size)
         self.device = model.embed.wte.weight.device
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.autocast = pick_autocast(dtype, self.device)
         shape = (rows, config.n_head, self.length, config.n_embd // config.n_head)
         # Zeros, since attention multiplies what is not visible by 0, and 0 times NaN is NaN.
         own = {"dtype": dtype, "device": self.device}
@@ -181,15 +182,20 @@ def generate(
     stop       the token that ends a text; it is still yielded
     temperature, top_k, top_p: see sample_token.
 
-    ValueError for no prompt, an empty one, more text than the decoder has room for, or logits that
-    are not finite.
+    Of a prompt longer than block_size, the last block_size tokens are read. ValueError for no
+    prompt, an empty one, more text than the decoder has room for, another number of seeds than of
+    prompts, a temperature, top_k or top_p that means nothing, or logits that are not finite.
     """
     size = decoder.model.config.block_size
     check_room(decoder, prompts, max_new_tokens)
+    check_sampling(temperature, top_k, top_p)
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each prompt has one")
     decoder.used = [0] * decoder.rows
     rows, texts = list(range(len(prompts))), [list(prompt) for prompt in prompts]
     running = [row < len(texts) for row in range(decoder.rows)]
-    numbers = uniforms(seeds or rows, decoder.rows, max_new_tokens, decoder.device)
+    numbers = uniforms(seeds, decoder.rows, max_new_tokens, decoder.device)
 
     logits = decoder.blank_logits()
     logits[rows] = decoder.prefill(rows, [text[-size:] for text in texts])
@@ -245,6 +251,16 @@ def check_room(decoder, prompts, max_new_tokens):
     whole_block = decoder.length == decoder.model.config.block_size
     if needed > decoder.length and not whole_block:
         raise ValueError(f"{needed} tokens are more than the decoder's length {decoder.length}")
+
+
+def check_sampling(temperature, top_k, top_p):
+    """ValueError for a value with which `sample_token` could not choose."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None for all tokens, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, or None, not {top_p}")
 
 
 def uniforms(seeds, rows, count, device):

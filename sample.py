@@ -26,7 +26,7 @@ import torch
 import compiler
 from configurator import at_least, configure
 from corpus import read_whole
-from generate import Decoder, cast_weights, generate, step_logits
+from generate import Decoder, cast_weights, check_sampling, generate, step_logits
 from runtime import pick_device, run_script
 from tokenizer import END_OF_TEXT, clean
 from trained import activation_dtype, open_trained
@@ -62,9 +62,8 @@ config = configure(globals())
 def check_knobs():
     """Raises ValueError for what no sampling can have."""
     at_least(config, 1, "num_samples", "max_new_tokens", "batch_size")
-    at_least(config, 0, "temperature", "top_k")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    at_least(config, 0, "top_k")
+    check_sampling(temperature, top_k or None, top_p)
     if prompts and start:
         raise ValueError("both --start and --prompts are named; give one of them")
     if prompts and stream:
@@ -112,6 +111,16 @@ def encode(tokenizer, text):
     for part in parts:
         tokens += [tokenizer.eot_token, *tokenizer.encode_ordinary(part)]
     return tokens
+
+
+def warn_of_long(texts, block_size):
+    """Say of which prompts the model does not read the beginning."""
+    for number, text in enumerate(texts, 1):
+        if len(text) > block_size:
+            print(
+                f"prompt {number} has {len(text):,} tokens; the model reads the last {block_size}",
+                file=sys.stderr,
+            )
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -241,6 +250,7 @@ def main():
     rows = read_rows()
     trained = open_trained(out_dir, checkpoint, init_from, device)
     tokens = [encode(trained.tokenizer, row["prompt"]) for row in rows]
+    warn_of_long(tokens, trained.model.config.block_size)
     jobs = [(i, number) for i in range(len(rows)) for number in range(num_samples)]
 
     chosen = activation_dtype(dtype, trained.model, device)

@@ -222,18 +222,24 @@ def test_few_lengths():
 
 
 @pytest.mark.parametrize(
-    "prompts, count, says",
+    "prompts, count, knobs, says",
     [
-        ([], 3, "there is no prompt"),
-        ([[1], []], 3, "prompt 1 has no token"),
-        ([[1], [1], [1]], 3, "3 prompts are more than the decoder's 2 rows"),
-        ([[1]], 200, "201 tokens are more than the decoder's length 128"),
+        ([], 3, {}, "there is no prompt"),
+        ([[1], []], 3, {}, "prompt 1 has no token"),
+        ([[1], [1], [1]], 3, {}, "3 prompts are more than the decoder's 2 rows"),
+        ([[1]], 200, {}, "201 tokens are more than the decoder's length 128"),
+        ([[1], [1]], 3, {"seeds": [7]}, "1 seeds for 2 prompts"),
+        ([[1], [1]], 3, {"seeds": []}, "0 seeds for 2 prompts"),
+        ([[1]], 3, {"temperature": -1.0}, "temperature must be at least 0 and finite, not -1.0"),
+        ([[1]], 3, {"temperature": math.nan}, "temperature must be at least 0 and finite, not nan"),
+        ([[1]], 3, {"top_k": 0}, "top_k must be at least 1, or None for all tokens, not 0"),
+        ([[1]], 3, {"top_p": 0.0}, "top_p must be above 0 and at most 1, or None, not 0.0"),
     ],
 )
-def test_generate_refuses(prompts, count, says):
+def test_generate_refuses(prompts, count, knobs, says):
     decoder = Decoder(build(block_size=256), 2, 100)
     with pytest.raises(ValueError, match=says):
-        next(generate(decoder, prompts, count))
+        next(generate(decoder, prompts, count, **knobs))
 
 
 def test_a_diverged_model_is_refused():

@@ -43,8 +43,9 @@ def model_that_writes(text):
 
 
 def samples_of(output):
-    """What is said of speed, and the checkpoint's line, differ from call to call or folder."""
-    return re.sub(r"(?m)^(prompt: .* tok/s.*|.*: step \d+, .*)\n", "", output)
+    """The output without what is said of speed, of the checkpoint, and of a long prompt."""
+    said = r"prompt: .* tok/s.*|.*: step \d+, .*|prompt \d+ has .*"
+    return re.sub(rf"(?m)^({said})\n", "", output)
 
 
 def test_repeats_with_a_seed_and_not_with_another(out_dir, tmp_path):
@@ -118,6 +119,14 @@ def test_a_console_without_utf_8_shows_a_question_mark(out_dir):
     assert "\ncaf? ?" in run(*command, PYTHONIOENCODING="ascii")
 
 
+def test_a_prompt_beyond_the_block_is_said_to_lose_its_beginning(out_dir):
+    size = SIZES["block_size"]
+    command = ["sample.py", f"--out_dir={out_dir}", *SMALL, "--num_samples=1"]
+    said = f"prompt 1 has {size + 1} tokens; the model reads the last {size}"
+    assert said in run(*command, f"--start={'a' * size}")  # an end of text comes first
+    assert "the model reads the last" not in run(*command, f"--start={'a' * (size - 1)}")
+
+
 def test_the_compiled_step_and_bfloat16(out_dir):
     command = ["sample.py", f"--out_dir={out_dir}", "--start=abc", *SMALL, "--num_samples=1"]
     eager, compiled = run(*command), run(*command, "--compile=True")
@@ -153,8 +162,8 @@ def test_a_model_with_bfloat16_streams(tmp_path):
         ("--out_dir=nowhere", "nowhere has no whole checkpoint"),
         ("--checkpoint=no.pt", "no.pt: no such checkpoint"),
         ("--checkpoint=DIR/notes.txt", "not a whole checkpoint"),
-        ("--temperature=-1", "temperature must be at least 0, not -1.0"),
-        ("--top_p=0", "top_p must be above 0 and at most 1, not 0.0"),
+        ("--temperature=-1", "temperature must be at least 0 and finite, not -1.0"),
+        ("--top_p=0", "top_p must be above 0 and at most 1, or None, not 0.0"),
         ("--num_samples=0", "num_samples must be at least 1, not 0"),
         ("--start=FILE:DIR/none.txt", "none.txt: could not be read (No such file"),
         ("--start=FILE:DIR", ": could not be read (Is a directory)"),
