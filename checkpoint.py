@@ -253,10 +253,10 @@ def load_tensors(path):
 
 def model_config(path, state, config_class):
     """-> the config_class (model.GPTConfig) of a loaded state. Raises RunError if this class lacks
-    one of its fields."""
+    one of its fields, or refuses a value."""
     try:
         return config_class(**state["model_config"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise RunError(
             f"{path}: its model is not that of this model.py ({error}). {_remedy(state)}"
         ) from error

@@ -193,11 +193,11 @@ def loss_changes(model, means, batches):
     """
     kinds = (HyperConnection, ScaledResidual)
     connections = [module for module in model.modules() if isinstance(module, kinds)]
-    begin = time.time()
+    begin = time.perf_counter()
     usual = sequence_losses(model, batches)
     if not connections:  # the plain residual model
         return usual.mean().item(), [{"identity": [0.0, 0.0], "mean": [0.0, 0.0]} for _ in means]
-    seconds = (time.time() - begin) * 2 * len(connections)
+    seconds = (time.perf_counter() - begin) * 2 * len(connections)
     print(
         f"losses with one M replaced, {len(connections)} sublayers: about {seconds:.0f} s more "
         "(--loss_tokens=0 leaves them out)",

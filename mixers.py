@@ -246,10 +246,10 @@ def composite_gain(matrices):
     largest = torch.ones((), dtype=torch.float64)
     products = None  # (number of products that end at this matrix, n, n)
     for M in matrices:
-        M = M[None].double()
+        M = M.cpu().double()[None]  # mps has no float64
         products = M if products is None else torch.cat([M @ products, M])
         sums = torch.cat([products.abs().sum(-1), products.abs().sum(-2)])
-        largest = torch.maximum(largest.to(sums.device), sums.max())  # a NaN stays a NaN
+        largest = torch.maximum(largest, sums.max())  # a NaN stays a NaN
     return largest.item()
 
 
@@ -409,8 +409,8 @@ MIXERS["sinkhorn"] = Mixer(
         "sinkhorn_rounds": Option(
             default=20,
             comment="sinkhorn: how often columns, then rows, are divided by their sums",
-            allows=lambda rounds: rounds >= 1,
-            must="must be at least 1",
+            allows=lambda rounds: isinstance(rounds, int) and rounds >= 1,
+            must="must be a whole number of at least 1",
         )
     },
     exact_sums=("rows",),

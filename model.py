@@ -362,15 +362,17 @@ class GPT(nn.Module):
 
         The "lr_factor" of a group is connection_lr for phi, alpha and bias of `Coefficients` (the
         hyper-connections, a learned read-out, scaled residuals), and 1 for all others. ValueError
-        if connection_lr is not 1, or decay_phi is False, and the model has none of these;
-        RuntimeError for a parameter of unknown role.
+        for a connection_lr other than 1 where the model has none of these, and for decay_phi=False
+        where it has no phi; RuntimeError for a parameter of unknown role.
         """
-        has_connections = any(isinstance(module, Coefficients) for module in self.modules())
-        if not has_connections and (connection_lr != 1 or not decay_phi):
+        connections = [module for module in self.modules() if isinstance(module, Coefficients)]
+        if not connections and connection_lr != 1:
             raise ValueError(
-                f"connection_lr = {connection_lr} and decay_phi = {decay_phi} are for "
-                f"hyper-connections, and {self.config.mixer} has none; leave them at 1 and True"
+                f"connection_lr = {connection_lr} is for hyper-connections, and "
+                f"{self.config.mixer} has none; leave it at 1"
             )
+        if not decay_phi and not any(module.dynamic for module in connections):
+            raise ValueError("decay_phi is False, and this model has no phi; leave it at True")
         decays = {
             (nn.Linear, "weight"): True,
             (nn.Linear, "bias"): False,

@@ -74,10 +74,10 @@ class Clock:
         self.restart(step)
 
     def restart(self, step):
-        self.step, self.began, self.waited = step, time.time(), 0.0
+        self.step, self.began, self.waited = step, time.perf_counter(), 0.0
 
     def seconds_per_step(self, step):
-        return (time.time() - self.began) / (step - self.step)
+        return (time.perf_counter() - self.began) / (step - self.step)
 
 
 def metrics_line(step, logged_step, tally, clock, loss, norm, lr):

@@ -6,7 +6,7 @@ Train a GPT with mixed residual streams.
     torchrun --standalone --nproc_per_node=8 train.py config/tbp.py --init_from=resume
     python train.py --out_dir=out/tbp --init_from=resume             # with the run's own knobs
     python train.py --out_dir=out/tbp --init_from=resume --eval_only=True
-    python train.py --init_from=gpt2 --learning_rate=3e-5            # from weights: warm_start.py
+    python train.py config/finetune.py --init_from=gpt2              # from weights: warm_start.py
     python train.py config/finetune.py --init_from=auto:out/tbp --dataset=mytexts
     python train.py --help                                           # every knob
 
@@ -101,7 +101,7 @@ decay_phi = True  # whether phi decays as the other matrices do
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
 grad_clip = 1.0  # norm that gradients are clipped to; 0: never
-max_bad_steps = 10  # stop after this many steps in a row with a loss or gradient not finite
+max_bad_steps = 10  # stop, at a log line, after so many steps in a row that are not finite
 # System
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # of activations: float32, bfloat16, float16; auto: one of the first two, by device
@@ -127,6 +127,15 @@ def check_knobs():
     at_least(config, 1, "batch_size", "block_size", "total_batch_tokens", "max_bad_steps")
     at_least(config, 1, "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints")
     at_least(config, 0, "grad_clip", "weight_decay", "connection_lr", "max_iters", "warmup_iters")
+    at_least(config, 0, "seed", "min_lr")
+    if not min_lr <= learning_rate < math.inf:
+        raise ValueError(
+            f"learning_rate = {learning_rate} falls to min_lr = {min_lr}, so it must be the higher "
+            "of the two, and finite; name both, such as --learning_rate=3e-5 --min_lr=3e-6"
+        )
+    for name in ("beta1", "beta2"):
+        if not 0 <= config[name] < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {config[name]}")
     if not 0 < hang_minutes < 1e6:
         raise ValueError(f"hang_minutes must be above 0 and below a million, not {hang_minutes}")
     warm_start.check_source(init_from, out_dir)
@@ -248,8 +257,9 @@ def evaluate_and_log(run, blocks):
     print0(f"step {progress.step}/{max_iters} | val {val:.4f} | composite gain {gain:.3f}")
     if run.metrics:
         run.metrics.write(step=progress.step, val=val, gain=gain)
-    improved = val < progress.best_val
-    progress.best_val = min(val, progress.best_val)
+    improved = val < progress.best_val  # a loss that is NaN never is
+    if improved:
+        progress.best_val = val
     progress.evaluated = progress.step
     return improved
 
@@ -266,9 +276,9 @@ def forward_backward(run, batch, batches, micro_steps):
         run.replica.require_backward_grad_sync = micro_step == micro_steps - 1  # of DDP
         with run.machine.autocast:
             micro_loss = run.replica(*batch)[1] / micro_steps
-        began = time.time()
+        began = time.perf_counter()
         batch = next(batches)  # while the device is busy with what was queued
-        run.clock.waited += time.time() - began
+        run.clock.waited += time.perf_counter() - began
         run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     if run.machine.group:
@@ -308,10 +318,11 @@ def log_step(run, loss, norm, lr):
     if run.metrics:
         run.metrics.write(**line)
     if tally.worst >= max_bad_steps:
+        newest = checkpoint.latest(out_dir)
         raise RunError(
-            f"{tally.worst:.0f} steps in a row had a loss or gradient that is not finite; "
-            "their updates were skipped. The last good checkpoint is "
-            f"{checkpoint.latest(out_dir)}. Lower --learning_rate, or look at metrics.jsonl"
+            f"{tally.worst:.0f} steps in a row had a loss or gradient that is not finite; their "
+            f"updates were skipped. The newest checkpoint is {newest or 'yet to come'}. Lower "
+            f"--learning_rate; {out_dir}/metrics.jsonl shows where it began"
         )
     tally.reset()
     run.progress.logged_step = step

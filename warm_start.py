@@ -51,6 +51,8 @@ def check_source(init_from, out_dir):
     """Raises ValueError where the knob init_from has no meaning."""
     if init_from.startswith(AUTO) and init_from.removeprefix(AUTO) in ("", *NO_WEIGHTS):
         raise ValueError(f"init_from = {init_from!r}: after {AUTO} weights are named, or say auto")
+    if not init_from:
+        raise ValueError("init_from is empty; a run without weights to begin with says scratch")
     source = weights_of(init_from, out_dir)
     if source and not pretrained.is_gpt2(source) and not Path(source).expanduser().exists():
         raise ValueError(

@@ -141,7 +141,7 @@ def test_rows_for_budgets_and_both_kinds_of_algorithms(bench):
         ("--mixers=tbp,tpb", "there is no mixer 'tpb'; there are residual, identity"),
         ("--mixers=permutation --n_streams=8", "none of 'permutation' is defined for 8 streams"),
         ("--mixers=tbp --sinkhorn_rounds=5", "no mixer of 'tbp' takes sinkhorn_rounds"),
-        ("--sinkhorn_rounds=0", "sinkhorn_rounds must be at least 1, not 0"),
+        ("--sinkhorn_rounds=0", "sinkhorn_rounds must be a whole number of at least 1, not 0"),
         ("--budgets=1,half", "such as 1.0,0.5,0.0, not '1,half'"),
         ("--sweep_streams=2,2.5", "sweep_streams must be numbers with commas between"),
         ("--activation_memory_budget=2", "lies between 0 and 1; these are [2.0]"),

@@ -343,9 +343,11 @@ def test_connections_may_have_a_rate_and_a_decay_of_their_own(connection_lr, dec
 
 @pytest.mark.quick
 def test_a_model_without_connections_refuses_knobs_of_theirs():
-    for wrong in ({"connection_lr": 2.0}, {"decay_phi": False}):
-        with pytest.raises(ValueError, match="residual has none"):
-            build("residual").parameter_groups(0.1, **wrong)
+    with pytest.raises(ValueError, match="residual has none"):
+        build("residual").parameter_groups(0.1, connection_lr=2.0)
+    for model in (build("residual"), build("tbp", dynamic=False)):
+        with pytest.raises(ValueError, match="this model has no phi"):
+            model.parameter_groups(0.1, decay_phi=False)
 
 
 def test_initialisation_refuses_a_parameter_it_does_not_know():

@@ -186,6 +186,13 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
         (["--log_interval=0"], "log_interval must be at least 1, not 0"),
         (["--block_size=0"], "block_size must be at least 1, not 0"),
         (["--grad_clip=-1"], "grad_clip must be at least 0, not -1.0"),
+        (["--seed=-1"], "seed must be at least 0, not -1"),
+        (["--learning_rate=3e-5"], "learning_rate = 3e-05 falls to min_lr = 6e-05"),
+        (["--min_lr=-1e-5"], "min_lr must be at least 0, not -1e-05"),
+        (["--learning_rate=1e999"], "learning_rate = inf"),
+        (["--beta2=1"], "beta2 must be at least 0 and below 1, not 1.0"),
+        (["--init_from="], "init_from is empty"),
+        (["--dynamic=False", "--decay_phi=False"], "decay_phi is False, and this model has no phi"),
         (["--activation_memory_budget=2"], "must lie between 0 and 1, not 2.0"),
         (
             ["--stream_dtype=bfloat16", "--dtype=float32"],
@@ -398,6 +405,26 @@ def test_the_best_is_the_one_with_the_lowest_loss(tiny, tmp_path):
     assert end["step"] == 10 and end["best_val"] == vals[best]
 
 
+NAN_AT_FIRST = """
+import batches
+own, calls = batches.evaluate, []
+def evaluate(*arguments):
+    calls.append(arguments)
+    val, gain = own(*arguments)
+    return (val if len(calls) > 1 else float("nan")), gain
+batches.evaluate = evaluate
+"""
+
+
+def test_a_loss_that_is_not_a_number_is_not_the_best(tiny, tmp_path):
+    run(*tiny, "--eval_interval=2", patch=NAN_AT_FIRST)
+    vals = {line["step"]: line["val"] for line in records(tmp_path / "out") if "val" in line}
+    assert vals.pop(0) is None and len(vals) == 3
+    best = min(vals, key=vals.get)
+    state = load(tmp_path / "out" / "best.pt")
+    assert state["step"] == best and state["best_val"] == vals[best]
+
+
 def test_eval_only_evaluates_and_writes_nothing(tiny, tmp_path):
     output = run(*tiny)
     said = [line for line in output.splitlines() if line.startswith("step 6/6 | val")]
@@ -416,8 +443,8 @@ def test_log_lines_time_steps_alone(knobs, tiny, tmp_path):
     evaluation is better than the first, and none is followed by a checkpoint."""
     slow = """
 import time, mixers, checkpoint
-now, extra = time.time, []
-time.time = lambda: now() + 1000 * len(extra)
+now, extra = time.perf_counter, []
+time.perf_counter = lambda: now() + 1000 * len(extra)
 gain, save = mixers.composite_gain, checkpoint.save
 mixers.composite_gain = lambda *arguments: extra.append(1) or gain(*arguments)
 checkpoint.save = lambda *arguments, **named: extra.append(1) or save(*arguments, **named)"""
@@ -480,7 +507,8 @@ def test_a_checkpoint_of_another_model_is_refused(script, tiny, tmp_path):
 def test_a_checkpoint_with_another_config_is_refused(tiny, tmp_path):
     run(*tiny, "--max_iters=1")
     state = torch.load(tmp_path / "out" / "ckpt_0000001.pt")
-    state["model_config"]["n_kv_head"] = 2
-    torch.save(state, tmp_path / "fork.pt")
-    says = run("sample.py", f"--checkpoint={tmp_path}/fork.pt", ok=False)
-    assert "RunError" in says and "n_kv_head" in says and "Traceback" not in says
+    for change in ({"n_kv_head": 2}, {"sees": "mean"}):
+        fork = {**state, "model_config": state["model_config"] | change}
+        torch.save(fork, tmp_path / "fork.pt")
+        says = run("sample.py", f"--checkpoint={tmp_path}/fork.pt", ok=False)
+        assert "RunError" in says and str(*change) in says and "Traceback" not in says
