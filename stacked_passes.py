@@ -137,8 +137,7 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
         grad_a = mixed_u_x + w * u_v  # <grad_u, x'_i>
         grad_M = None
         if M is not None:
-            # The product needs both in one dtype.
-            grad_M = inner_products(cast(grad, x.dtype), x) + a[..., None] * u_x[..., None, :]
+            grad_M = inner_products(grad, x) + a[..., None] * u_x[..., None, :]
             grad_M = grad_M.sum_to_size(M.shape)
 
         # G_i = grad_i + a_i grad_u is the whole gradient of x'_i. Each sum over i is taken of the

@@ -61,8 +61,11 @@ def start_streams(x, n_streams, offsets=None, sees="streams"):
     """x (B, T, C) -> Streams: n copies of x, plus offsets (n, C) if there are any.
 
     sees: that of the HyperConnections. With "input" sublayers read ahead: the first branch reads
-    the mean of the streams, and the head the `input` of the last Streams.
+    the mean of the streams, and the head the `input` of the last Streams. ValueError for another
+    shape.
     """
+    if x.ndim != 3:
+        raise ValueError(f"x must have the shape (B, T, C), not {tuple(x.shape)}")
     x = x[:, :, None].repeat(1, 1, n_streams, 1)
     if offsets is not None:
         x = x + offsets.to(x.dtype)
@@ -72,12 +75,21 @@ def start_streams(x, n_streams, offsets=None, sees="streams"):
 # ---- the modules around a branch -----------------------------------------------------------------
 
 
+def output(branch, u):
+    """branch(u), of the shape of u (B, T, C). ValueError for any other output."""
+    v = branch(u)
+    if not isinstance(v, torch.Tensor) or v.shape != u.shape:
+        found = tuple(v.shape) if isinstance(v, torch.Tensor) else f"a {type(v).__name__}"
+        raise ValueError(f"a branch must return a tensor of its input's shape, not {found}")
+    return v
+
+
 class Residual(nn.Module):
     """The plain residual stream, x + F(x), called as a HyperConnection is."""
 
     def forward(self, streams, branch):
         x = streams.x  # (B, T, 1, C)
-        return Streams(x + branch(x.squeeze(2)).unsqueeze(2), None)
+        return Streams(x + output(branch, x.squeeze(2)).unsqueeze(2), None)
 
     def observe(self, streams):
         """As HyperConnection.observe, with a, w and M all 1: a matrix of one stream."""
@@ -112,7 +124,7 @@ class ScaledResidual(Coefficients):
     def forward(self, streams, branch):
         x = streams.x  # (B, T, 1, C)
         (scale,) = self.coefficients(streams)
-        v = branch(x.squeeze(2)).unsqueeze(2)
+        v = output(branch, x.squeeze(2)).unsqueeze(2)
         return Streams((scale[..., None, None] * x + v).to(x.dtype), None)
 
     @torch.no_grad()
@@ -210,7 +222,8 @@ class HyperConnection(Coefficients):
             sees=sees,
         )
 
-        self.mixer, self.n_streams, self.options = mixer, n_streams, options
+        self.mixer, self.options = mixer, options
+        self.n_streams, self.n_embd = n_streams, n_embd
         self.read_ahead = sees == "input"
         reader = sublayer + self.read_ahead  # the sublayer whose branch reads with this module's a
         self.most_read = reader % n_streams
@@ -252,7 +265,18 @@ class HyperConnection(Coefficients):
         return [*read], [*write], [m.view_as(m) for row in M for m in row]
 
     def forward(self, streams, branch):
-        """Streams -> Streams. branch: (B, T, C) -> (B, T, C)."""
+        """Streams -> Streams. branch: (B, T, C) -> (B, T, C). ValueError for other shapes."""
+        if not isinstance(streams, Streams):
+            raise ValueError(
+                f"Streams are needed, not a {type(streams).__name__}: start_streams(x, "
+                f"n_streams={self.n_streams}) makes them from x (B, T, C)"
+            )
+        n, C = self.n_streams, self.n_embd
+        if streams.x.shape[2:] != (n, C):
+            raise ValueError(
+                f"this connection takes streams of the shape (B, T, {n}, {C}), not "
+                f"{tuple(streams.x.shape)}"
+            )
         if not self.read_ahead:
             by = self.by_tensors if self.stacked else self.by_planes
             return by(streams, branch, *self.coefficients(streams))
@@ -263,7 +287,8 @@ class HyperConnection(Coefficients):
             )
         # The branch comes first. With the coefficients in between, the compiler keeps the branch's
         # norm of u in float32 for the backward, although it could compute the norm again from u.
-        v = at_least_float32(branch(streams.input))
+        # And v becomes float32 here, not in the pass that uses it: else v too is kept in float32.
+        v = at_least_float32(output(branch, streams.input))
         by = self.ahead_by_tensors if self.stacked else self.ahead_by_planes
         return by(streams, v, *self.coefficients(streams))
 
@@ -275,13 +300,13 @@ class HyperConnection(Coefficients):
             u, mixed = ReadAndMix.apply(x, a, M, *read, *mix)
         else:
             u, mixed = ReadAndMix.apply(x, a, None, *read), x
-        new, square = Write.apply(mixed, branch(u), w, x.dtype, *write)
+        new, square = Write.apply(mixed, output(branch, u), w, x.dtype, *write)
         return Streams(new, square if self.dynamic else None)
 
     def by_tensors(self, streams, branch, read, write, mix):
         """Forward for many streams: planes are stacked."""
         a, w, M = tensors_of_stacks(read, write, mix)
-        v = branch(ReadStacked.apply(streams.x, a))
+        v = output(branch, ReadStacked.apply(streams.x, a))
         new, square = MixWriteStacked.apply(streams.x, v, w, M)
         return Streams(new, square if self.dynamic else None)
 

@@ -335,6 +335,34 @@ def test_the_mean_of_streams_in_bfloat16_is_summed_in_float32():
             ),
             "begin with start_streams(..., sees='input')",
         ),
+        (lambda: start_streams(torch.ones(3, 8), 2), "must have the shape (B, T, C), not (3, 8)"),
+        (
+            lambda: HyperConnection("tbp", 2, 8)(torch.ones(1, 1, 8), torch.nn.Identity()),
+            "Streams are needed, not a Tensor: start_streams(x, n_streams=2)",
+        ),
+        (
+            lambda: HyperConnection("tbp", 3, 8)(start_streams(torch.ones(1, 1, 8), 2), None),
+            "of the shape (B, T, 3, 8), not (1, 1, 2, 8)",
+        ),
+        *(
+            (
+                lambda module=module, n=n: module(
+                    start_streams(torch.ones(1, 2, 8), n, sees="input"), lambda u: (u, None)
+                ),
+                "a branch must return a tensor of its input's shape, not a tuple",
+            )
+            for module, n in (
+                (Residual(), 1),
+                (ScaledResidual(8), 1),
+                (HyperConnection("tbp", 2, 8), 2),
+                (HyperConnection("tbp", 2, 8, sees="input"), 2),
+                (HyperConnection("tbp", 5, 8), 5),
+            )
+        ),
+        (
+            lambda: Residual()(start_streams(torch.ones(1, 2, 8), 1), lambda u: u.mean(1)),
+            "not (1, 8)",
+        ),
     ],
 )
 def test_refusals_name_the_value(call, says):
