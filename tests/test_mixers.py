@@ -282,8 +282,8 @@ def reaches_everything(name):
 
 @pytest.mark.parametrize("name, n", cases(DOUBLY_STOCHASTIC))
 def test_inverse_reaches_any_interior_matrix(name, n):
-    if not reaches_everything(name):
-        with pytest.raises(ValueError, match="no Kronecker product"):
+    if MIXERS[name].inverse is None or not reaches_everything(name):
+        with pytest.raises(ValueError):
             mixing_logits(name, interior(4, 1))
         return
     M = interior(n, 4)
