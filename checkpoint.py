@@ -40,7 +40,7 @@ KEYS = {
 FIXED = ("seed", "dataset", "total_batch_tokens", "connection_lr", "decay_phi")
 # Knobs that say where a run's files are, how it starts and who is told of it, and not what it
 # computes. A resumed run may change them without a word.
-NO_CHANGE = {
+UNREPORTED = {
     *("init_from", "eval_only", "out_dir", "data_dir", "hang_minutes"),
     *("tensorboard", "wandb_project"),
 }
@@ -186,8 +186,8 @@ def find(source):
     if newest := latest(path):
         return newest
     raise RunError(
-        f"{source} has no whole checkpoint; name a run that has, or train one: "
-        f"python train.py config/tbp.py config/laptop.py --out_dir={shlex.quote(str(source))}"
+        f"{source} has no whole checkpoint; name a run that has, or train it first: "
+        f"python train.py … --out_dir={shlex.quote(str(source))}"
     )
 
 
@@ -293,10 +293,15 @@ def _remedy(state):
 
 
 def check_resumable(out_dir):
-    """Raises RunError where there is no checkpoint, whole or damaged."""
+    """Raises RunError where there is no checkpoint, whole or damaged, or none of a run."""
     if not checkpoints(out_dir):
         raise RunError(
             f"{out_dir} has no checkpoint to resume from; begin with --init_from=scratch"
+        )
+    if not any(Path(out_dir, name).exists() for name in ("config.json", "metrics.jsonl")):
+        raise RunError(
+            f"{out_dir} has weights alone, as convert.py writes them, and no run to resume; begin "
+            f"one with --init_from={shlex.quote(str(out_dir))} --out_dir=…"
         )
 
 
@@ -323,12 +328,12 @@ def starting_point(out_dir, init_from):
     return None
 
 
-def resume_arguments(argv, out_dir):
+def resume_arguments(argv, out_dir, known):
     """The command line `argv`. Where it resumes a run and names no config file, the knobs of the
     run's config.json stand before it, so that knobs which it does not name are the run's own.
 
-    out_dir: the default, for a command line that does not name it. Raises SystemExit for a damaged
-    config.json.
+    out_dir: the default, for a command line that does not name it. known: the names of all knobs.
+    Raises SystemExit for a config.json that is damaged, or has other knobs.
     """
     named = dict(item[2:].split("=", 1) for item in argv if item.startswith("--") and "=" in item)
     path = Path(named.get("out_dir", out_dir)) / "config.json"
@@ -337,14 +342,20 @@ def resume_arguments(argv, out_dir):
         return argv
     try:
         knobs = json.loads(path.read_text())
-        knobs.pop("provenance", None)
+        provenance = knobs.pop("provenance", {"commit": None})
         knobs.pop("interval_map", None)  # of commit 4e260d0; `load` refuses what is gone
-        return [*(f"--{name}={value!r}" for name, value in knobs.items()), *argv]
+        own = [f"--{name}={value!r}" for name, value in knobs.items()]
     except (OSError, ValueError, AttributeError) as error:
         raise SystemExit(
             f"RunError: {path}: damaged ({error}). Remove it, and name the run's knobs on the "
             "command line, as when it was begun"
         ) from error
+    if unknown := [name for name in knobs if name not in known]:
+        raise SystemExit(
+            f"RunError: {path}: this train.py has no knob {', '.join(unknown)}. "
+            + _remedy({"provenance": provenance})
+        )
+    return [*own, *argv]
 
 
 def fingerprint(meta):
@@ -390,7 +401,7 @@ def check_same_run(path, state, config, model_config_now, meta):
             "checkpoint's values, or begin another run with --out_dir=…. A resumed run may "
             f"change everything but {', '.join(knobs)}, and the data set's tokenizer and shards"
         )
-    free = [name for name in config if name not in now and name not in NO_CHANGE]
+    free = [name for name in config if name not in now and name not in UNREPORTED]
     return _changed_values(state["config"], {name: config[name] for name in free})
 
 

@@ -82,8 +82,8 @@ def read_pieces(trained):
     path, block_size = os.path.expanduser(data), trained.model.config.block_size
     if not os.path.exists(path):
         raise DataError(
-            f"--data={data}: there is no such file or folder; name a text file, or a data set that "
-            "prepare_data.py has made"
+            f"--data={data}: there is no such file or folder; name a text file, or the folder of a "
+            f"data set that prepare_data.py has made, such as data/{os.path.basename(data)}"
         )
     if os.path.isdir(path):
         pieces, about = read_data_set(path, trained, block_size)

@@ -349,6 +349,8 @@ def check_arguments(parser, args):
     not go together."""
     if sum(map(bool, (args.dataset, args.files, args.adopt))) > 1:
         parser.error("give one of: the name of a data set, --files, --adopt")
+    if args.dataset not in (None, "stdlib", "openwebtext") and os.path.exists(args.dataset):
+        parser.error(f"{args.dataset} is a file or folder of this machine: --files {args.dataset}")
     args.kind = kind_of_source(args)
     for name, value in vars(args).items():
         if value not in (None, False) and name not in OPTIONS[args.kind] | GENERAL:

@@ -77,9 +77,9 @@ n_streams = 4  # parallel residual streams; 1 for residual
 dynamic = True  # coefficients depend on the token; False: learned constants of the sublayer
 gates = "auto"  # reads and writes: bounded, exp (writes), free, or auto (free for hc)
 mix_scale = "none"  # learned factors of M: none; sublayer, one in all; stream, one for each row
-sees = "streams"  # what coefficients see: streams, or input: the branch's, in fewer passes
+sees = "streams"  # what coefficients see: streams, or input, the branch's (then readout=learned)
 wraps = "sublayer"  # what a hyper-connection goes around: sublayer, or block (both sublayers)
-mix_start = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T; hc and identity: as I
+mix_start = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T; hc, orthogonal: as I
 alpha_start = 0.01  # factor, at the start, of what a token adds to the coefficients' logits
 read_start = 0.7  # weight of the stream that a sublayer reads most, at the start
 embed_scale = 1.0  # a factor of the embedding on its way into the streams
@@ -111,7 +111,7 @@ deterministic = True  # cuda: algorithms whose result does not depend on timing 
 peak_flops = 0.0  # of one device, for MFU; 0: looked up by the GPU's name
 hang_minutes = 10.0  # several processes: the run ends when the others wait so long for a rank
 # With init_from=resume and no config file, knobs that the command does not name are the run's.
-arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir)
+arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir, {*globals(), *OPTIONS})
 config = configure(globals(), arguments, extra=OPTIONS)
 # The model's knobs that the user did not name are those of the weights in init_from.
 if of_weights := warm_start.knobs(init_from, out_dir):

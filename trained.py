@@ -74,6 +74,10 @@ def find_checkpoint(out_dir, checkpoint):
     """checkpoint: latest, best, or a path -> the path. Raises RunError where the run has none."""
     if checkpoint == "best":
         return Path(out_dir).expanduser() / "best.pt"
+    if checkpoint != "latest" and not Path(checkpoint).expanduser().exists():
+        raise runtime.RunError(
+            f"checkpoint must be latest, best or a path, and there is no file {checkpoint!r}"
+        )
     return checkpoints.find(out_dir if checkpoint == "latest" else checkpoint)
 
 

@@ -135,6 +135,11 @@ def test_weights_of_gpt2s_vocabulary_have_gpt2s_tokenizer(command, tmp_path):
 
 def test_a_converted_checkpoint_is_not_resumed(tiny, tmp_path):
     write(tmp_path / "out", model_of("tbp"))
+    bare = ["train.py", f"--out_dir={tmp_path}/out", "--init_from=resume"]
+    for command in (bare, tiny + ["--init_from=resume"]):
+        output = run(*command, ok=False)
+        assert f"no run to resume; begin one with --init_from={tmp_path}/out --out_dir=" in output
+    (tmp_path / "out" / "metrics.jsonl").write_text("")  # as if it were a run's
     output = run(*tiny, "--init_from=resume", ok=False)
     assert "was converted" in output and "--out_dir=" in output
 
@@ -460,7 +465,7 @@ def test_the_figures_are_those_of_the_tokens(command, tmp_path):
         ("residual", ["--mixer=tbp"], "pass --n_streams=4"),
         ("tbp", ["--mixer=tpb"], "unknown mixer 'tpb'"),
         ("tbp", ["--mixer=rtbp", "--sinkhorn_rounds=3"], "rtbp takes no option 'sinkhorn_rounds'"),
-        ("tbp", ["--mixer=sinkhorn", "--sinkhorn_rounds=0"], "must be at least 1"),
+        ("tbp", ["--mixer=sinkhorn", "--sinkhorn_rounds=0"], "must be a whole number of at least 1"),
         ("x0", ["--mixer=tbp", "--n_streams=4"], "x0_scalars"),
         ("scaled", ["--mixer=tbp", "--n_streams=4"], "mix_scale='sublayer' has no counterpart"),
     ],

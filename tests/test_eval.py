@@ -264,6 +264,8 @@ def test_gpt2s_own_weights(gpt2_cache, tmp_path):
     [
         ("", "there is nothing to measure"),
         ("--data=DIR/none.txt", "none.txt: there is no such file or folder"),
+        ("--data=mine", "name a text file, or the folder of a data set that prepare_data.py has "),
+        ("--data=mine", "such as data/mine"),
         ("--data=DIR", "meta.json: no such file; to make it: python prepare_data.py"),
         ("--data=DIR/empty.txt", "there is no token to predict in it"),
         ("--data=DIR/latin1.txt", "byte 0xe9 at position 3 is no UTF-8"),

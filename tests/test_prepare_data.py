@@ -312,6 +312,13 @@ def test_options_that_make_no_sense(argv, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+def test_a_file_s_name_is_no_data_set(here, capsys):
+    (here / "a.txt").write_text("x")
+    with pytest.raises(SystemExit):
+        prepare_data.main(["a.txt"])
+    assert "a.txt is a file or folder of this machine: --files a.txt" in capsys.readouterr().err
+
+
 def test_without_a_network_it_says_so_within_seconds(here, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # refuses, with a network or without
     begun = time.monotonic()

@@ -160,7 +160,7 @@ def test_a_model_with_bfloat16_streams(tmp_path):
     "arguments, says",
     [
         ("--out_dir=nowhere", "nowhere has no whole checkpoint"),
-        ("--checkpoint=no.pt", "no.pt: no such checkpoint"),
+        ("--checkpoint=no.pt", "must be latest, best or a path, and there is no file 'no.pt'"),
         ("--checkpoint=DIR/notes.txt", "not a whole checkpoint"),
         ("--temperature=-1", "temperature must be at least 0 and finite, not -1.0"),
         ("--top_p=0", "top_p must be above 0 and at most 1, or None, not 0.0"),

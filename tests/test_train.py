@@ -367,6 +367,12 @@ def test_a_bare_resume_has_the_knobs_of_the_run(tiny, tmp_path):
     output = run(*bare)
     assert "at step 4" in output and "changed since" not in output and "out/config.json" in output
     assert_same_run(tmp_path / "out" / "ckpt_0000006.pt", tmp_path / "wanted.pt")
+    knobs = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(knobs | {"n_experts": 2}))
+    says = run(*bare, ok=False)
+    assert f"{tmp_path}/out/config.json: this train.py has no knob n_experts" in says
+    assert f"git checkout {knobs['provenance']['commit']}" in says
+    (tmp_path / "out" / "config.json").write_text(json.dumps(knobs))
     output = run(*bare, "--max_iters=8", "--learning_rate=0.02")
     assert "changed since the checkpoint: max_iters: 6 -> 8, learning_rate: 0.01 -> 0.02" in output
     assert "finished: 8 steps" in output
