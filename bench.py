@@ -78,7 +78,7 @@ n_streams = 4  # parallel residual streams
 sweep_streams = ""  # instead of that number several, such as 2,4,8: rows for each
 dynamic = True  # coefficients depend on the token; False: learned constants of the sublayer
 gates = "auto"  # reads and writes: bounded (sigmoids), exp (writes), free, or auto (free for hc)
-sees = "streams"  # what coefficients see: streams, or input: the branch's, in fewer passes
+sees = "streams"  # what coefficients see: streams, or input, the branch's (then readout=learned)
 wraps = "sublayer"  # what a hyper-connection goes around: sublayer, or block (both sublayers)
 mix_scale = "none"  # learned factors of M: none; sublayer, one in all; stream, one for each row
 stream_start = "equal"  # streams start as equal copies, or learned: plus a vector a stream

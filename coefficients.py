@@ -33,7 +33,7 @@ class Coefficients(nn.Module):
     A subclass defines `start_bias()`, the bias at the start, and `coefficients_of(*parts)`, from
     logits to coefficients. Its __init__ ends with `reset_parameters()`, which calls start_bias.
 
-    For up to FEW_STREAMS streams, logits and coefficients are lists of planes (passes.py). For
+    For up to FEW_STREAMS streams, logits and coefficients are lists of planes (planes.py). For
     more, `stacked` is True: a tensor, whose first dimension counts the planes, stands for each
     list.
     """

@@ -411,7 +411,7 @@ class TokenBlocks:
         -> idx, targets, as from `batch`. Raises DataError."""
         if not 0 <= start <= start + count <= self.n_blocks:
             raise DataError(
-                f"{self.directory}: blocks {start} to {start + count} were asked of split "
+                f"{self.directory}: blocks {start} to {start + count - 1} were asked of split "
                 f"{self.split!r}, which has {self.n_blocks} of block_size={self.block_size}; "
                 "evaluate fewer sequences"
             )

@@ -311,8 +311,8 @@ class GPT(nn.Module):
         return [seen.mix.mean((0, 1)) for seen in self.observe(idx)]
 
     def compile_regions(self, activation_memory_budget=1.0):
-        """Compile each block and the head in place, each as one graph. All blocks share one graph,
-        so a deep model compiles as fast as a shallow one.
+        """Compile each block and the head in place, without graph breaks. Blocks have the same code
+        and shapes, so what is compiled for the first serves all.
 
         The embedding stays eager: its backward adds up rows of the same token, and compiled code
         adds them in no fixed order.
