@@ -10,15 +10,15 @@ Checkpoints from elsewhere, to elsewhere, and from one mixer to another.
     python convert.py mixer out/tbp out/rtbp --mixer=rtbp --data=data/openwebtext
 
 A checkpoint of ours is named by its path, or by the folder of its run, which means its newest whole
-one.
-`import` and `mixer` write a checkpoint that sample.py takes and from which train.py can begin a
-run. It has no optimizer state, so no run can be resumed from it.
+one. `import` and `mixer` write a checkpoint that sample.py takes, and from which train.py can begin
+a run. It has no optimizer state, so no run can be resumed from it.
 
 remix.py says what becomes of the parameters of one mixer in another.
 """
 
 import argparse
 import math
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +37,10 @@ from tokenizer import describe, sizes
 from trained import load_model
 
 OURS = "mixed_residual_streams"  # the key in config.json of what only this project knows
+GPT2_PARTS = {  # the modules with parameters, those of a block without its number
+    *("embed.wte", "embed.wpe", "head.ln_f"),
+    *("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"),
+}
 OF_CHARACTERS = (
     "the folder of a data set: for nanoGPT's characters, the one that prepare_data.py --adopt made"
 )
@@ -190,7 +194,7 @@ def export(source, folder):
     path = checkpoint.find(source)
     state, model = load_model(path)
     ours = {name: state[name] for name in ("tokenizer", "n_vocab", "step", "provenance")}
-    if is_plain(model.config):
+    if is_plain(model.config) and has_gpt2_parts(model):
         _, eot_token = sizes(ours["tokenizer"])
         tensors, config = as_gpt2(model, eot_token)
         loads = "GPT2LMHeadModel.from_pretrained of transformers loads it"
@@ -217,6 +221,12 @@ def is_plain(config):
     return find_mixer(config.mixer).one_stream and all(
         getattr(config, name) == usual[name] for name in others
     )
+
+
+def has_gpt2_parts(model):
+    """Whether the modules with parameters are those of GPT-2, as they may not be in a fork."""
+    names = {re.sub(r"blocks\.\d+\.", "", name) for name in model.state_dict()}
+    return {name.rpartition(".")[0] for name in names} == GPT2_PARTS
 
 
 def as_gpt2(model, eot_token):

@@ -14,6 +14,7 @@ from test_pretrained import write as write_folder
 import checkpoint
 import convert
 import remix
+from branches import MLP
 from mixers import MIXERS, ds_error, mixing_matrix, n_logits
 from model import GPT, GPTConfig
 from passes import mean_square
@@ -151,6 +152,26 @@ def test_knobs_without_effect_leave_a_model_plain():
         model_of("residual", mix_start=0.5, read_start=0.5, alpha_start=0.5).config
     )
     assert not convert.is_plain(model_of("residual", mix_scale="sublayer").config)
+
+
+@pytest.mark.quick
+def test_a_fork_s_model_is_not_called_gpt2(command, tmp_path, monkeypatch):
+    own = MLP.__init__
+
+    def with_a_gate(mlp, config):
+        own(mlp, config)
+        mlp.c_gate = torch.nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+
+    monkeypatch.setattr(MLP, "__init__", with_a_gate)
+    write(tmp_path / "out", model_of("residual"))
+    command("export", tmp_path / "out", tmp_path / "exported")
+    assert "architectures" not in json.loads((tmp_path / "exported" / "config.json").read_text())
+    command("import", tmp_path / "exported", tmp_path / "back")
+    one, two = (
+        checkpoint.load(checkpoint.latest(tmp_path / name))["model"] for name in ("out", "back")
+    )
+    assert "blocks.0.mlp.c_gate.weight" in one and one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -465,7 +486,7 @@ def test_the_figures_are_those_of_the_tokens(command, tmp_path):
         ("residual", ["--mixer=tbp"], "pass --n_streams=4"),
         ("tbp", ["--mixer=tpb"], "unknown mixer 'tpb'"),
         ("tbp", ["--mixer=rtbp", "--sinkhorn_rounds=3"], "rtbp takes no option 'sinkhorn_rounds'"),
-        ("tbp", ["--mixer=sinkhorn", "--sinkhorn_rounds=0"], "must be a whole number of at least 1"),
+        ("tbp", ["--mixer=sinkhorn", "--sinkhorn_rounds=0"], "a whole number of at least 1"),
         ("x0", ["--mixer=tbp", "--n_streams=4"], "x0_scalars"),
         ("scaled", ["--mixer=tbp", "--n_streams=4"], "mix_scale='sublayer' has no counterpart"),
     ],
