@@ -241,7 +241,9 @@ def load_tensors(path):
         raise RunError(f"{path}: could not be read ({error.strerror})") from error
     # torch.load raises many types on damaged bytes, and UnpicklingError for more than tensors.
     except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        # Of torch's lines, some of which advise to trust the file, the one that says what it found.
+        found = re.search(r"GLOBAL \S+|Unsupported .*", str(error))
+        reason = found[0] if found else (str(error) or repr(error)).splitlines()[0]
         raise RunError(
             f"{path}: refused, it holds more than tensors and plain values, or is no torch file "
             f"({reason})"

@@ -352,7 +352,9 @@ class GPT(nn.Module):
             reached |= {id(p) for p in module.parameters(recurse=False)}
         missed = [name for name, p in self.named_parameters() if id(p) not in reached]
         if missed:
-            raise RuntimeError(f"init_parameters does not know how to start {missed}")
+            raise RuntimeError(
+                f"init_parameters does not know how to start {', '.join(missed)}: add a case there"
+            )
 
     def parameter_groups(self, weight_decay, connection_lr=1.0, decay_phi=True):
         """Optimizer groups by role, the same rule for every mixer.
@@ -392,7 +394,8 @@ class GPT(nn.Module):
             for name, parameter in module.named_parameters(recurse=False):
                 if (kind, name) not in decays:
                     raise RuntimeError(
-                        f"parameter_groups does not know the role of {module_name}.{name}"
+                        f"parameter_groups does not know the role of {module_name}.{name}: say in "
+                        "`decays` whether it decays"
                     )
                 groups.setdefault((decays[kind, name], factor), []).append(parameter)
         return [
