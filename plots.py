@@ -132,7 +132,7 @@ def panel_height(curves):
 
 def names_fit(curves):
     """Whether the names are short enough to stand beside a panel, and not in a legend below."""
-    return max(len(curve.label) for curve in curves) <= 25
+    return max((len(curve.label) for curve in curves), default=0) <= 25
 
 
 def legend_height(curves):
@@ -287,8 +287,8 @@ def loss_figure(by_tokens, by_seconds, differences, reference, tokens_of_a_step)
 
 def training_figure(norms, gains, tokens_of_a_step):
     """The norm of the gradient and the composite gain at the evaluations, against tokens."""
-    height = panel_height(gains)
-    figure = new_figure(2 * height + 1.5 + legend_height(gains))
+    height = panel_height(norms)
+    figure = new_figure(2 * height + 1.5 + legend_height(norms))
     upper, lower = figure.subplots(2, 1, sharex=True)
     scale = draw_against_tokens(upper, norms, tokens_of_a_step)
     upper.set_title("Norm of the gradient, the largest since the evaluation before")
@@ -334,7 +334,6 @@ def study_figure(arms, panels):
                 if label == reference:
                     write_at(axes, "the reference", 0, y, ink, (4, 0), "left")
                 continue
-            clear = row.half is not None and abs(row.mean) > row.half
             axes.errorbar(
                 [row.mean],
                 [y],
@@ -342,7 +341,7 @@ def study_figure(arms, panels):
                 fmt="o",
                 color=ink,
                 markersize=5.5,
-                markerfacecolor=ink if clear else BACKGROUND,
+                markerfacecolor=ink if row.leaves_out_0() else BACKGROUND,
             )
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)

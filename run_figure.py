@@ -66,7 +66,7 @@ def draw_maps(figure, sublayers, columns):
         for row in (*sublayer["mix"], sublayer["read"], sublayer["write"])
         for entry in row
         if math.isfinite(entry)
-    ]
+    ] or [1.0]  # of a model whose every number is NaN
     limit = max(1.0, *map(abs, entries))
     norm = FuncNorm((signed_root, signed_square), vmin=-limit, vmax=limit)
     shades = LinearSegmentedColormap.from_list("signed", SIGNED)
