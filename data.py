@@ -140,6 +140,11 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_number(value):
+    """A number that `finite` has left: NaN for None."""
+    return math.nan if value is None else value
+
+
 # ---- shards --------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,10 @@ A resumed run goes on in the same log. Neither package is imported unless its kn
 """
 
 import importlib.util
-import math
 import secrets
 from pathlib import Path
 
+from data import as_number
 from runtime import RunError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb_project": "wandb"}  # knob: the package it needs
@@ -87,8 +87,3 @@ class WeightsAndBiases:
 
     def write(self, line):
         self.run.log({name: as_number(value) for name, value in line.items()})
-
-
-def as_number(value):
-    """JSON has no NaN, and a line has None for it."""
-    return math.nan if value is None else value

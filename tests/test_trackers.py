@@ -8,6 +8,7 @@ from conftest import run
 
 import trackers
 from checkpoint import Metrics
+from data import as_number
 
 # Stand-ins that note each call in a file: what was called, and with which arguments.
 FAKES = """
@@ -132,5 +133,5 @@ def test_tensorboard_reads_what_the_file_holds(tmp_path):
     read = events.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     found = [(event.step, event.value) for event in read.Scalars("loss")]
-    wanted = [(line["step"], trackers.as_number(line["loss"])) for line in metrics(tmp_path)]
+    wanted = [(line["step"], as_number(line["loss"])) for line in metrics(tmp_path)]
     assert str(found) == str(wanted) and found[-1] == (8, 10.0)  # as text, NaN equals NaN
