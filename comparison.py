@@ -99,6 +99,11 @@ def summary(records, total_batch_tokens, gave_up):
     }
 
 
+def ends_in_bad_steps(records, config):
+    """Whether train.py gave up a run with these metrics: max_bad_steps bad steps in a row."""
+    return bool(records) and records[-1].get("worst", 0) >= config["max_bad_steps"]
+
+
 def hardware(device):
     """The name of the GPU, else of the CPU. device: the knob of train.py."""
     if torch.cuda.is_available() and device != "cpu":
@@ -360,10 +365,9 @@ def difference_text(difference):
     if n < 2:
         return f"{mean:+.4f} (one seed)" if n else ""
     text = f"{mean:+.4f} ± {half:.4f}"
-    bound = difference.bound()
-    if bound is None:
+    if difference.leaves_out_0():
         return f"**{text}**"
-    return f"{text}, within {math.ceil(bound * 1000) / 1000:.3f}"
+    return f"{text}, within {math.ceil(difference.bound() * 1000) / 1000:.3f}"
 
 
 def number(value, form):
@@ -392,9 +396,8 @@ def report(study, results, planned, others):
         parts.append(f"**Rule of decision, written before the runs.** {study.decision.strip()}")
     base = shlex.join([*study.files, *(f"--{knob}={value}" for knob, value in study.knobs.items())])
     parts.append(f"{len(results)} of {planned} runs are here, each of `train.py {base}`.")
-    parts.append(
-        f"`{study.command}` runs the others, or all of them again where results/ is empty."
-    )
+    missing = "" if len(results) == planned else "the others, or "
+    parts.append(f"`{study.command}` runs {missing}all of them again where results/ is empty.")
     if results:
         seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
         tokens = ", ".join(f"{tokens:,}" for tokens in sorted({run["tokens"] for run in results}))

@@ -14,6 +14,7 @@ import statistics
 from typing import NamedTuple
 
 import comparison
+from data import as_number
 from runtime import RunError
 
 # Knobs that the name of an arm leaves out: the mixer, since the name begins with it, and those that
@@ -86,7 +87,8 @@ def result_of_run(folder):
         return []
     arm, axes = arm_of_folder(folder, knobs)
     own = {"arm": arm, "axes": axes, "seed": knobs["seed"], "knobs": knobs, "folder": folder}
-    return [own | comparison.summary(records, knobs["total_batch_tokens"], gave_up=False)]
+    gave_up = comparison.ends_in_bad_steps(records, knobs)
+    return [own | comparison.summary(records, knobs["total_batch_tokens"], gave_up)]
 
 
 def arm_of_folder(folder, knobs):
@@ -254,11 +256,6 @@ def by_depth(kept):
             curves.append(band(arm, runs[0]["mixer"], sublayers, by_sublayer))
         directions.append(curves)
     return directions
-
-
-def as_number(value):
-    """JSON has no NaN: write_json left None for it."""
-    return math.nan if value is None else value
 
 
 def arms_in_order(points):

@@ -40,12 +40,13 @@ class Difference(NamedTuple):
     half: float | None  # of the 95 % interval mean - half .. mean + half; None with one pair
     n: int  # pairs
 
+    def leaves_out_0(self):
+        """Whether there is an interval, and 0 is outside of it."""
+        return self.half is not None and abs(self.mean) > self.half
+
     def bound(self):
-        """The largest absolute difference in the interval; None where the interval leaves 0 out, or
-        there is none."""
-        if self.half is None or abs(self.mean) > self.half:
-            return None
-        return abs(self.mean) + self.half
+        """The largest absolute difference in the interval; None without one."""
+        return None if self.half is None else abs(self.mean) + self.half
 
 
 def interval(differences):

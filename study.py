@@ -52,6 +52,7 @@ from grid import (
     result_of,
 )
 from mixers import MIXERS
+from progress import duration
 from runtime import RunError, StopSignal, run_script
 
 # ---- results -------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def settle(run, options, stopping):
     """Keep the result of a run that ended -> the result in words. RunError if the run failed."""
     config, records = comparison.read_run(run.cell.folder)
     step, failed = comparison.last_step(run.cell.folder), run.process.returncode != 0
-    gave_up = failed and ends_in_bad_steps(records, config)
+    gave_up = failed and comparison.ends_in_bad_steps(records, config)
     if gave_up or (not failed and step >= run.steps):
         result = keep_result(run.cell, options, gave_up)
         if result["diverged"]:
@@ -160,11 +161,6 @@ def settle(run, options, stopping):
     log = run.cell.folder / "log.txt"
     end = "\n    ".join(log.read_text(errors="replace").splitlines()[-5:])
     raise RunError(f"failed; {log} ends with\n    {end}")
-
-
-def ends_in_bad_steps(records, config):
-    """Whether train.py gave up a run with these metrics: max_bad_steps bad steps in a row."""
-    return bool(records) and records[-1].get("worst", 0) >= config["max_bad_steps"]
 
 
 def run_grid(study, todo, options):
@@ -216,8 +212,7 @@ def time_left(seconds, done, total, running):
     done += sum(run.share(comparison.last_step(run.cell.folder)) for run in running)
     if not done:
         return "the time left is not known yet"
-    minutes = round(seconds * (total - done) / done / 60)
-    return f"about {minutes // 60} h {minutes % 60:02} min"
+    return f"about {duration(seconds * (total - done) / done)}"
 
 
 def run_again(study, cell, options):

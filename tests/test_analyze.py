@@ -12,6 +12,7 @@ from conftest import run
 
 import curves
 import plots
+import run_figure
 from measure import (
     effective_streams,
     gains_by_depth,
@@ -218,6 +219,7 @@ def write_run(folder, losses, *, ms=100.0, interval=10, **knobs):
         **{"mixer": "tbp", "n_streams": 4, "seed": 1, "learning_rate": 1e-3, "min_lr": 1e-4},
         **{"total_batch_tokens": 256, "max_iters": (len(losses) - 1) * interval},
         **{"out_dir": str(folder), "data_dir": "data", "dataset": "tiny", "block_size": 16},
+        "max_bad_steps": 10,
         **knobs,
     }
     (folder / "config.json").write_text(json.dumps({**knobs, "provenance": {"commit": None}}))
@@ -262,6 +264,15 @@ def test_diverged_seeds_are_counted_and_not_averaged(tmp_path, capsys):
     (curve,) = curves.by_tokens(points, "val")
     assert curve.seeds == 1 and curve.mean == curve.high == [5, 3, 2]
     assert curves.arms_in_order(points) == [("tbp", "tbp", "1 of 2 diverged")]
+
+
+def test_a_run_that_was_given_up_has_diverged(tmp_path):
+    """Its last evaluation was finite; then ten steps in a row were not, and train.py ended it."""
+    folder = write_run(tmp_path / "a", [5.0, 3.0, 2.0])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "loss": null, "norm_max": null, "worst": 10, "ms": 100.0}\n')
+    (result,) = curves.read_results([tmp_path])
+    assert result["diverged"] and result["final_loss"] is None
 
 
 def test_arms_are_named_by_what_differs(tmp_path):
@@ -376,6 +387,30 @@ def check_figure(path):
     for half in (drawn[: height // 2], drawn[height // 2 :]):
         for quarter in (half[:, : width // 2], half[:, width // 2 :]):
             assert quarter.mean() > 0.001
+
+
+def test_figures_of_a_run_whose_numbers_are_not_finite(tmp_path):
+    """All weights of a model are NaN; no gain of the run of metrics is finite."""
+    pytest.importorskip("matplotlib")
+    model, batches = small_model("tbp"), small_batches()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    sublayers, _ = look_at(model, batches)
+    means = [torch.tensor(sublayer["mix"]) for sublayer in sublayers]
+    for sublayer, gains in zip(sublayers, gains_by_depth(means)):
+        sublayer.update(gains, loss_change={"identity": [math.nan] * 2, "mean": [math.nan] * 2})
+    for loss in (None, math.nan):
+        found = {"mixer": "tbp", "step": 6, "loss": loss, "sublayers": sublayers}
+        plots.save(tmp_path / "analysis.png", run_figure.draw, found)
+
+    folder = write_run(tmp_path / "a", [5.0, 3.0])
+    metrics = (folder / "metrics.jsonl").read_text().replace('"gain": 1.0', '"gain": null')
+    (folder / "metrics.jsonl").write_text(metrics.replace('"gain": 2.0', '"gain": null'))
+    points = curves.points_of(curves.read_results([folder]))
+    norms, gains = (curves.by_tokens(points, key) for key in ("norm_max", "gain"))
+    assert norms and not gains
+    plots.save(tmp_path / "training.png", plots.training_figure, norms, gains, 256)
 
 
 @pytest.fixture(scope="module")

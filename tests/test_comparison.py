@@ -56,10 +56,14 @@ def test_95_of_100_intervals_hold_the_truth():
     assert 0.935 < held / 2000 < 0.965  # three standard errors of the share
 
 
-def test_a_bound_is_there_only_where_the_interval_holds_0():
-    assert intervals.Difference(-0.002, 0.009, 5).bound() == pytest.approx(0.011)
-    assert intervals.Difference(-0.010, 0.009, 5).bound() is None
-    assert intervals.Difference(-0.002, None, 1).bound() is None
+@pytest.mark.parametrize(
+    "mean, half, leaves_out_0, bound",
+    [(-0.002, 0.009, False, 0.011), (-0.010, 0.009, True, 0.019), (-0.002, None, False, None)],
+)
+def test_an_interval_holds_0_or_leaves_it_out(mean, half, leaves_out_0, bound):
+    difference = intervals.Difference(mean, half, 5 if half else 1)
+    assert difference.leaves_out_0() == leaves_out_0
+    assert difference.bound() == (bound and pytest.approx(bound))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def finished(tiny_data, tmp_path_factory):
         study.main()
     output = run("study.py", path, "--table", *places)
     assert "4 of 4 runs are here" in output and "| identity | 2 |" in output
+    assert "tiny.py` runs all of them again where results/ is empty." in output
     return folder
 
 
@@ -344,7 +345,7 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
     path, laptop = tiny_study(), ROOT / "config/laptop.py"
     output = call(path, "--arms=residual", "--name=two words", "--n_layer=3", "--table")
     assert f"`python study.py {path} '--name=two words' --n_layer=3`" in output
-    assert "0 of 4 runs are here" in output
+    assert "0 of 4 runs are here" in output and "--n_layer=3` runs the others, or all" in output
     assert (tmp_path / "results/two words/table.csv").exists()
     output = call(
         laptop, "--mixers=residual,tbp", "--sweep", "n_streams=2,4", "--table", "--jobs=2"
@@ -452,15 +453,17 @@ def test_only_bad_steps_in_a_row_are_a_divergence(worst, gave_up):
     """A loss scaler skips a step now and then: many in all, and a run that was then killed."""
     line = {"step": 20, "loss": 5.0, "skipped": 9, "bad": 0, "worst": 1}
     lines = [{**line, "step": step} for step in (20, 40, 60)] + [{**line, "worst": worst}]
-    assert study.ends_in_bad_steps(lines, {"max_bad_steps": 10}) == gave_up
-    assert not study.ends_in_bad_steps([*lines, {"step": 80, "val": 5.0}], {"max_bad_steps": 10})
-    assert not study.ends_in_bad_steps([], {"max_bad_steps": 10})
+    assert comparison.ends_in_bad_steps(lines, {"max_bad_steps": 10}) == gave_up
+    assert not comparison.ends_in_bad_steps(
+        [*lines, {"step": 80, "val": 5.0}], {"max_bad_steps": 10}
+    )
+    assert not comparison.ends_in_bad_steps([], {"max_bad_steps": 10})
 
 
 @pytest.mark.quick
 def test_the_time_left_is_that_of_the_runs_that_were_not_begun():
     """Of three whole runs one is done, and took an hour."""
-    assert study.time_left(3600, done=1.0, total=3.0, running=[]) == "about 2 h 00 min"
+    assert study.time_left(3600, done=1.0, total=3.0, running=[]) == "about 2h"
     assert "not known" in study.time_left(3600, done=0.0, total=3.0, running=[])
 
 
