@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import sys
 import tokenize
 import traceback
@@ -89,8 +90,8 @@ def configure(
             values |= {name: other[name] for name in knobs}
         else:
             _refuse(
-                f"{item!r} is neither --key=value nor a config file path/to/file.py; --help lists "
-                "the keys"
+                f"{item!r} is neither --key=value nor a config file path/to/file.py; {script} "
+                "--help lists the keys"
             )
     namespace.update(values)
     return values
@@ -102,7 +103,7 @@ def _read_argument(item: str, script: str, knobs: dict[str, Knob], values: dict)
     name = key.removeprefix("--")
     if name not in knobs:
         near = _nearest(name, knobs, "--")
-        _refuse(f"{key}: {script} has no such knob{near}; --help lists them")
+        _refuse(f"{key}: {script} has no such knob{near}; {script} --help lists them")
     if not equals:
         example = f"{key}={values[name]}"
         _refuse(f"{key} has no value: write {key}=value in one word, for example {example}")
@@ -230,16 +231,28 @@ def _fit(where: str, name: str, value: object, knob: Knob) -> object:
     _refuse(f"{where}: {name} = {value!r} is of type {kind}, wanted {wanted}{comment}")
 
 
-def _run_config(path: str, values: dict, knobs: dict[str, Knob], script: str) -> dict:
-    """Run the config file at `path` -> the knobs as it leaves them, or the refusal."""
+def read_source(path: str, script: str) -> bytes:
+    """The content of a config file or a study, or the refusal. `script` lies beside config/."""
     try:
-        source = Path(path).read_bytes()
-        code = compile(source, path, "exec")
+        return Path(path).read_bytes()
     except FileNotFoundError:
-        there = sorted(os.path.relpath(file) for file in Path(script).parent.glob("config/*.py"))
-        _refuse(f"{path}: no such config file; there are: {', '.join(there) or 'none'}")
+        there = sorted(map(os.path.relpath, Path(script).parent.glob("config/**/*.py")))
+        names = difflib.get_close_matches(Path(path).stem, [Path(file).stem for file in there])
+        near = [file for file in there if Path(file).stem in names]
+        _refuse(f"{path}: no such file; there are: {', '.join(near or there) or 'none'}")
     except OSError as error:
         _refuse(f"{path}: {error.strerror}")
+
+
+def is_study(source: bytes) -> bool:
+    """Whether a file sets what a study of study.py has, and no config file."""
+    return re.search(rb"^(question|decision|arms)\b.*=", source, re.MULTILINE) is not None
+
+
+def run_file(path: str, source: bytes, values: dict) -> dict:
+    """Run a config file or a study -> its globals, which begin as `values`, or the refusal."""
+    try:
+        code = compile(source, path, "exec")
     except (SyntaxError, ValueError) as error:  # ValueError: Python 3.10 on null bytes
         line = getattr(error, "lineno", None) or 1
         _refuse(f"{path}:{line}: SyntaxError: {getattr(error, 'msg', error)}")
@@ -253,16 +266,25 @@ def _run_config(path: str, values: dict, knobs: dict[str, Knob], script: str) ->
             if frame.f_code.co_filename == path
         ]
         _refuse(f"{path}:{lines[-1]}: {traceback.format_exception_only(error)[-1].strip()}")
+    return scope
 
+
+def _run_config(path: str, values: dict, knobs: dict[str, Knob], script: str) -> dict:
+    """Run the config file at `path` -> the knobs as it leaves them, or the refusal."""
+    source = read_source(path, script)
+    if is_study(source):
+        _refuse(f"{path} is a study, not a config file; to run it: python study.py {path}")
+    scope = run_file(path, source, values)
     lines, result = _bound(ast.parse(source)), {}
     for name, value in scope.items():
         where = f"{path}:{lines[name]}" if name in lines else path
         if name in knobs:
             result[name] = _fit(where, name, value, knobs[name])
         elif not name.startswith("_") and not isinstance(value, ModuleType):
+            script = os.path.basename(script)
             _refuse(
-                f"{where}: {os.path.basename(script)} has no knob {name!r}{_nearest(name, knobs)}; "
-                "--help lists them, and a name of the file's own starts with _"
+                f"{where}: {script} has no knob {name!r}{_nearest(name, knobs)}; {script} --help "
+                "lists them, and a name of the file's own starts with _"
             )
     return result
 

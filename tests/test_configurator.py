@@ -186,11 +186,12 @@ def test_wrong_type(refusal, item, value, kind, wanted, comment):
     [
         (
             ["--lerning_rate=1"],
-            "--lerning_rate: toy.py has no such knob (did you mean --learning_rate?); --help lists",
+            "--lerning_rate: toy.py has no such knob (did you mean --learning_rate?); toy.py "
+            "--help lists them",
         ),
         (["--learning-rate=1"], "did you mean --learning_rate?"),
         (["--lerning_rate", "1"], "did you mean --learning_rate?"),
-        (["--zzz=1"], "--zzz: toy.py has no such knob; --help"),
+        (["--zzz=1"], "--zzz: toy.py has no such knob; toy.py --help"),
         (["--late=1"], "no such knob"),
         (["--_private=1"], "no such knob"),
         (["--shape=1"], "no such knob"),
@@ -249,12 +250,13 @@ def test_the_last_word_wins(toy):
     [
         (
             "\nmax_iter = 5",
-            "small.py:2: toy.py has no knob 'max_iter' (did you mean max_iters?); --help",
+            "small.py:2: toy.py has no knob 'max_iter' (did you mean max_iters?); toy.py --help",
         ),
         ("out_dir = 'x'\nfor i in range(3): pass", "small.py:2: toy.py has no knob 'i'"),
         (
             "from math import pi",
-            "small.py:1: toy.py has no knob 'pi'; --help lists them, and a name of the file's own",
+            "small.py:1: toy.py has no knob 'pi'; toy.py --help lists them, and a name of the "
+            "file's own",
         ),
         ("from math import *", "small.py: toy.py has no knob"),
         ("\ndef f(): pass", "small.py:2: toy.py has no knob 'f'"),
@@ -322,17 +324,26 @@ def test_config_files_written_for_another_script(tmp_path, capsys):
 
 def test_missing_config_file_lists_those_there_are(toy, refusal, monkeypatch):
     monkeypatch.chdir(toy.path.parent)
-    assert (
-        refusal("config/smal.py").strip() == "config/smal.py: no such config file; there are: none"
-    )
-    toy.config(""), toy.config("", "large.py")
-    there = ", ".join(os.path.join("config", name) for name in ("large.py", "small.py"))
-    assert (
-        refusal("config/smal.py").strip()
-        == f"config/smal.py: no such config file; there are: {there}"
-    )
+    assert refusal("config/smal.py").strip() == "config/smal.py: no such file; there are: none"
+    Path("config/studies").mkdir(parents=True, exist_ok=True)
+    toy.config(""), toy.config("", "large.py"), toy.config("", "studies/rates.py")
+    all_of_them = "config/large.py, config/small.py, config/studies/rates.py"
+    for missing, there in (
+        ("config/smal.py", "config/small.py"),
+        ("config/rate.py", "config/studies/rates.py"),
+        ("none.py", all_of_them),
+    ):
+        expected = f"{missing}: no such file; there are: {there}".replace("/", os.sep)
+        assert refusal(missing).strip().replace("/", os.sep) == expected
     Path("folder.py").mkdir()
     assert refusal("folder.py").startswith("folder.py: ")
+
+
+@pytest.mark.parametrize("text", ["question = 'Why?'\narms = {}", "arms={}", "arms: dict = {"])
+def test_a_study_is_no_config_file(toy, refusal, text):
+    path = toy.config(text)
+    message = refusal(path).strip()
+    assert message == f"{path} is a study, not a config file; to run it: python study.py {path}"
 
 
 def test_a_default_must_fit_its_own_annotation(tmp_path, capsys):

@@ -201,7 +201,7 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
         (["syntax_error.py"], "syntax_error.py:2: SyntaxError"),
         (["--learning_rat=1"], "did you mean --learning_rate?"),
         (["--max_iters=many"], "wanted int"),
-        (["config/tpb.py"], "no such config file"),
+        (["config/tpb.py"], "no such file; there are: config/tbp.py"),
     ],
 )
 def test_bad_input_is_refused_at_once(arguments, says, tiny, tmp_path):
