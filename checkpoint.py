@@ -286,9 +286,12 @@ def restore(path, state, model, optimizer=None):
 
 
 def _remedy(state):
-    remedy = "Check out the commit that wrote it"
-    commit = state["provenance"]["commit"]
-    return f"{remedy}: git checkout {commit}" if commit else remedy
+    remedy, made_by = "Check out the commit that wrote it", state["provenance"]
+    if made_by["commit"]:
+        remedy += f": git checkout {made_by['commit']}"
+    if made_by["clean"] is False:
+        remedy += " (that was with changes that this commit lacks, and they are needed too)"
+    return remedy
 
 
 # ---- is it the same run? -------------------------------------------------------------------------

@@ -314,6 +314,22 @@ def test_the_interval_map_that_is_gone_is_refused(tiny, tmp_path):
     assert says in run(*tiny, "--init_from=resume", ok=False)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("commit, clean", [("4e260d0", True), ("4e260d0", False), (None, None)])
+def test_the_remedy_for_another_model_names_the_commit_and_its_changes(commit, clean):
+    class OneField:
+        def __init__(self, width):
+            pass
+
+    other = {"model_config": {"depth": 2}, "provenance": {"commit": commit, "clean": clean}}
+    with pytest.raises(RunError) as raised:
+        checkpoint.model_config("a.pt", other, OneField)
+    message = str(raised.value)
+    assert "Check out the commit that wrote it" in message
+    assert ("git checkout 4e260d0" in message) == bool(commit)
+    assert ("with changes that this commit lacks" in message) == (clean is False)
+
+
 def test_metrics_that_cannot_be_opened_are_a_run_error(tmp_path):
     """Other ranks wait for this one: on_all_ranks passes a RunError on, and no OSError."""
     (tmp_path / "metrics.jsonl").mkdir()
