@@ -18,17 +18,20 @@ that sets a swept knob itself keeps its own value. Where learning_rate is swept,
 proportion. All runs start from scratch.
 """
 
-import copy
+import contextlib
 import functools
+import io
 import itertools
 import json
 import shlex
-import traceback
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import resolve
-from mixers import OPTIONS
+from batches import sequences_per_step
+from configurator import at_least, read_source, resolve, run_file
+from mixers import OPTIONS, options_of
+from model import GPTConfig
 from runtime import RunError
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -75,21 +78,13 @@ class Cell(NamedTuple):
 # ---- a study's file ------------------------------------------------------------------------------
 
 
-def is_study(path):
-    """Whether the file at `path` has arms, as no config file of train.py does."""
-    return any(line.startswith("arms = ") for line in Path(path).read_text().splitlines())
-
-
 def read_study(path):
-    """The study in the file at `path`. Raises RunError, also for what goes wrong in the file."""
-    scope = {"__name__": "study", "__file__": str(path), **copy.deepcopy(DEFAULTS)}
-    try:
-        exec(compile(Path(path).read_bytes(), str(path), "exec"), scope)
-    except Exception as error:
-        reason = traceback.format_exception_only(error)[-1].strip()
-        raise RunError(f"{path}: {reason}") from error
-    given = {name: value for name, value in scope.items() if not name.startswith("_")}
-    if wrong := sorted(given.keys() ^ TYPES.keys()):
+    """The study in the file at `path`. RunError for what is wrong in it; SystemExit, with a message
+    on stderr, where it cannot be run at all."""
+    scope = run_file(str(path), read_source(path, TRAIN), {})
+    given = DEFAULTS | {name: scope[name] for name in scope if not name.startswith("_")}
+    missing = [f"{name} is missing" for name in TYPES if name not in given]
+    if wrong := missing + [f"{name} is not known" for name in given if name not in TYPES]:
         raise RunError(
             f"{path}: {', '.join(wrong)}: a study has {', '.join(TYPES)} and nothing else, and "
             f"only {', '.join(DEFAULTS)} may be left out; a name of the file's own starts with _"
@@ -102,7 +97,38 @@ def read_study(path):
             raise RunError(f"{path}: {name} is of the type {found}; write it as {wanted}")
     if isinstance(given["seeds"], int):
         given["seeds"] = list(range(1, given["seeds"] + 1))
-    return Study(Path(path).stem, f"python study.py {path}", **given)
+    study = Study(Path(path).stem, f"python study.py {path}", **given)
+    if wrong := faults(study):
+        raise RunError(f"{path}: {'; '.join(wrong)}")
+    try:
+        knobs_of(*arguments(study, study.knobs))
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from error
+    return study
+
+
+def faults(study):
+    """What is wrong inside the lists and dicts of a study's file, in words."""
+    found = [
+        f"the sweep of {knob} is {values!r}; write a list of values"
+        for knob, values in study.sweep.items()
+        if not isinstance(values, list) or not values
+    ]
+    found += [
+        f"arm {arm!r} is {knobs!r}; write a name and its knobs, 'tbp': {{'mixer': 'tbp'}}"
+        for arm, knobs in study.arms.items()
+        if not isinstance(arm, str) or not isinstance(knobs, dict)
+    ]
+    found += [
+        f"references: {name} is no arm; the arms are {', '.join(map(str, study.arms))}"
+        for name in study.references
+        if name not in study.arms and study.references != DEFAULTS["references"]
+    ]
+    if not study.arms:
+        found.append("arms is empty; write at least one")
+    if not study.seeds or not all(type(seed) is int for seed in study.seeds):
+        found.append(f"seeds are {study.seeds!r}; write how many, such as 5, or a list of integers")
+    return found
 
 
 # ---- cells ---------------------------------------------------------------------------------------
@@ -158,12 +184,33 @@ def arguments(study, knobs):
 
 @functools.cache
 def knobs_of(*arguments):
-    """The knobs of train.py with these arguments. SystemExit where train.py would refuse them."""
-    return resolve(TRAIN, list(arguments), extra=OPTIONS)
+    """The knobs of train.py with these arguments. RunError where train.py would refuse them."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return resolve(TRAIN, list(arguments), extra=OPTIONS)
+    except SystemExit as error:
+        raise RunError(said.getvalue().strip().removeprefix("command line: ")) from error
+
+
+def check_knobs(cell, processes):
+    """-> the knobs of a cell's run. RunError or ValueError for knobs that train.py refuses, or that
+    do not fit each other."""
+    config = knobs_of(*cell.arguments)
+    if config["init_from"] != "scratch":  # of a config file
+        raise RunError(f"init_from = {config['init_from']!r}: runs of a study start from scratch")
+    knobs = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+    GPTConfig(options=options_of(config["mixer"], config), **knobs)
+    sizes = ("total_batch_tokens", "batch_size", "block_size")
+    at_least(config, 1, *sizes)
+    sequences_per_step(*(config[name] for name in sizes), processes)
+    return config
 
 
 def min_lr_at(study, learning_rate):
     """The min_lr for a swept learning_rate, in the ratio that the study's files and knobs have."""
+    if not isinstance(learning_rate, (int, float)):
+        raise RunError(f"the sweep of learning_rate has {learning_rate!r}, which is no number")
     own = knobs_of(*arguments(study, study.knobs))
     return float(f"{own['min_lr'] / own['learning_rate'] * learning_rate:.6g}")
 

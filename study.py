@@ -7,7 +7,7 @@ An ablation: a grid of training runs with paired seeds, and the table of what th
     python study.py config/studies/mixers.py --arms=residual,tbp --seeds=1   # a part of it
     python study.py config/studies/mixers.py --list                      # the cells, their state
     python study.py config/studies/mixers.py --table                     # the table alone
-    python study.py config/studies/mixers.py --cell=tbp/seed1            # again: the same loss?
+    python study.py config/studies/mixers.py --cell=tbp/learning_rate=0.008/seed1    # run it again
 
 A study is a file with a question, a rule of decision and a grid (grid.py); config files of train.py
 with --mixers are one too. Every other --knob=value is train.py's, in all cells. The same command
@@ -25,6 +25,8 @@ end, and runs again with the next call.
 
 import argparse
 import ast
+import difflib
+import itertools
 import os
 import shlex
 import subprocess
@@ -37,6 +39,7 @@ import torch
 
 import checkpoint
 import comparison
+from configurator import is_study, read_source
 from data import DataError, write_atomic, write_json
 from grid import (
     DEFAULTS,
@@ -44,10 +47,9 @@ from grid import (
     Cell,
     Study,
     cells,
+    check_knobs,
     check_same,
     command,
-    is_study,
-    knobs_of,
     read_study,
     result_of,
 )
@@ -99,13 +101,13 @@ class Run(NamedTuple):
         return max(0, step - self.begun) / max(1, self.steps)
 
 
-def planned(cell):
-    """-> the cell's Run, not started yet. SystemExit for knobs that train.py refuses, RunError for
-    a config file with another init_from than scratch, and for knobs other than those with which the
-    run began."""
-    knobs = knobs_of(*cell.arguments)
-    if knobs["init_from"] != "scratch":  # of a config file
-        raise RunError(f"init_from = {knobs['init_from']!r}: runs of a study start from scratch")
+def planned(cell, options):
+    """-> the cell's Run, not started yet. RunError for knobs that train.py refuses, and for knobs
+    other than those with which the run began."""
+    try:
+        knobs = check_knobs(cell, options.processes)
+    except (RunError, ValueError) as error:
+        raise RunError(f"{' '.join(options.files)}: {cell.name}: {error}") from error
     config, _ = comparison.read_run(cell.folder)
     if config:
         check_same(cell, config, cell.folder)
@@ -169,7 +171,8 @@ def run_grid(study, todo, options):
     SIGTERM or Ctrl-C lets every run write a checkpoint, and ends it.
     """
     stop, stopping = StopSignal(group=None), False
-    waiting, running, failed = [planned(cell) for cell in todo], {}, []  # running: slot -> Run
+    waiting = [planned(cell, options) for cell in todo]
+    running, failed = {}, []  # running: slot -> Run
     total = sum(run.share(run.steps) for run in waiting)  # in whole runs, as `done`
     done, began = 0.0, time.time()
 
@@ -232,9 +235,11 @@ def run_again(study, cell, options):
     then = [(evaluation["step"], evaluation["val"]) for evaluation in first["evaluations"]]
     now = [(evaluation["step"], evaluation["val"]) for evaluation in second["evaluations"]]
     if then != now:
+        changed = " The first run was made with changes that its commit does not have."
         raise RunError(
             f"not the same losses. Then, by step: {then}, {first['provenance']}. "
-            f"Now: {now}, {second['provenance']}"
+            f"Now: {now}, {second['provenance']}."
+            + (changed if first["provenance"].get("clean") is False else "")
         )
     say(f"the same loss at all {len(now)} evaluations, the last is {second['final_loss']}")
 
@@ -259,6 +264,7 @@ def say(text):
 # ---- the command line ----------------------------------------------------------------------------
 
 
+MOST_NAMES = 20  # that a refusal lists; of more it shows those that are like the wrong one
 SWEEP_HELP = "values with commas between; may be repeated; of a study, those of its values to run"
 
 
@@ -325,15 +331,20 @@ def parse_sweep(axes):
     return sweep
 
 
-def choose(what, wanted, known):
+def choose(what, wanted, known, remedy=""):
     """The `wanted` ones, in the order of `known`; all that are known where `wanted` is None.
 
     Raises RunError for one that is not known; `what` says in the message what they are: "arm"."""
     if wanted is None:
         return list(known)
     if missing := [str(one) for one in wanted if one not in known]:
-        listed = ", ".join(map(str, known)) or "none"
-        raise RunError(f"there is no {what} {', '.join(missing)}; there are {listed}")
+        there = [str(one) for one in known]
+        if len(there) > MOST_NAMES:
+            near = [difflib.get_close_matches(one, there, 3, 0.4) for one in missing]
+            remedy = f", …: --list shows all {len(there)}{remedy}"
+            there = list(dict.fromkeys(itertools.chain(*near))) or there[:3]
+        listed = ", ".join(there) or "none"
+        raise RunError(f"there is no {what} {', '.join(missing)}; there are {listed}{remedy}")
     return [one for one in known if one in wanted]
 
 
@@ -362,17 +373,18 @@ def study_of_mixers(options, names, seeds, sweep):
 def read_command_line():
     """-> the options, the whole study, and the part of it that the options name."""
     options, knobs = parse_command_line()
+    file = options.files[0]
     names = None if options.arms == "all" else options.arms.split(",")
     seeds = parse_seeds(options.seeds) if options.seeds else None
     sweep = parse_sweep(options.sweep)
-    if not any(is_study(path) for path in options.files):
+    if not any(is_study(read_source(path, TRAIN)) for path in options.files):
         study = study_of_mixers(options, names, seeds or [1, 2, 3, 4, 5], sweep)
         arms_are = "--mixers"
     elif len(options.files) > 1:
         raise RunError(f"a study stands alone, not among {', '.join(options.files)}")
     else:
-        study = read_study(options.files[0])
-        arms_are = f"the arms in {options.files[0]}"
+        study = read_study(file)
+        arms_are = f"the arms in {file}"
     for knob in knobs:
         if knob in study.sweep:
             raise RunError(f"--{knob}: the study sweeps it; write --sweep {knob}={knobs[knob]}")
@@ -388,12 +400,12 @@ def read_command_line():
         command=" ".join([study.command, *map(shlex.quote, more)]),
         knobs={**study.knobs, **knobs},
     )
-    choose("swept knob", list(sweep), study.sweep)  # refuses one that the study does not sweep
+    choose("swept knob", list(sweep), study.sweep, f"; add it to {file}")  # refuses another one
     part = study._replace(
         arms={name: study.arms[name] for name in choose("arm", names, study.arms)},
-        seeds=choose("seed", seeds, study.seeds),
+        seeds=choose("seed", seeds, study.seeds, f"; for more, raise seeds in {file}"),
         sweep={
-            knob: choose(f"value of {knob}", sweep.get(knob), values)
+            knob: choose(f"value of {knob}", sweep.get(knob), values, f"; add it to {file}")
             for knob, values in study.sweep.items()
         },
     )
@@ -415,7 +427,7 @@ def main():
     todo = [cell for cell in wanted if result_of(cell) is None]
     if options.dry_run:
         for cell in todo:
-            say(command(cell, options))
+            say(command(planned(cell, options).cell, options))
         return
 
     failed = []

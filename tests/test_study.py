@@ -9,7 +9,6 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +19,7 @@ from forks import Script
 import comparison
 import grid
 import study
-from mixers import MIXERS, options_of
-from model import GPTConfig
+from mixers import MIXERS
 from runtime import RunError
 
 STUDIES = sorted((ROOT / "config" / "studies").glob("*.py"))
@@ -163,17 +161,21 @@ def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
     result = json.loads(kept.read_text())
     final = result["evaluations"][-1]["val"]
     result["evaluations"][-1]["val"] = final + 1e-7
-    kept.write_text(json.dumps(result))
 
     def run_as_before(_, todo, options):
         assert todo[0].folder == Path("out/studies/tiny/identity/seed1-again2")
-        todo[0].result.parent.mkdir()
+        todo[0].result.parent.mkdir(exist_ok=True)
         shutil.copy(finished / "results/tiny/identity/seed1.json", todo[0].result)
 
     monkeypatch.setattr(study, "run_grid", run_as_before)
-    output = call(path, "--cell=identity/seed1", ok=False)
-    assert "not the same losses. Then, by step: [(0, " in output
-    assert f"(4, {final + 1e-7})]" in output and f"(4, {final})]" in output
+    for clean in (True, False):
+        result["provenance"]["clean"] = clean
+        kept.write_text(json.dumps(result))
+        output = call(path, "--cell=identity/seed1", ok=False)
+        assert "not the same losses. Then, by step: [(0, " in output
+        assert f"(4, {final + 1e-7})]" in output and f"(4, {final})]" in output
+        assert ("made with changes that its commit does not have" in output) != clean
+        shutil.rmtree("out/studies/tiny/identity/seed1-again2")
     # a run that is done again is no run of the study
     assert json.loads(kept.read_text()) == result
     assert rows(tmp_path) == rows(finished)
@@ -181,15 +183,15 @@ def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
 
 @pytest.mark.usefixtures("forked_runs")
 def test_divergence_is_a_result_and_a_failure_is_not(call, tiny_study, tmp_path):
-    """A rate of 1e38 makes the second step's loss infinite; n_head=3 does not divide n_embd."""
+    """A rate of 1e38 makes the second step's loss infinite; train.py refuses eval_interval=0."""
     path = tiny_study(
         'arms = {"wild": {"mixer": "residual", "n_streams": 1, "learning_rate": 1e38, '
-        '"max_bad_steps": 2}, "wrong": {"n_head": 3}}\nseeds = 1\n'
+        '"max_bad_steps": 2}, "wrong": {"eval_interval": 0}}\nseeds = 1\n'
     )
     output = call(path, "--jobs=2", ok=False)
     assert "wild/seed1: diverged, at step" in output
     assert "wrong/seed1: failed; out/studies/tiny/wrong/seed1/log.txt ends with" in output
-    assert "n_embd 16 is not divisible by n_head 3" in output
+    assert "eval_interval must be at least 1, not 0" in output
     assert "1 runs failed, as said above: wrong/seed1" in output
     kept = json.loads((tmp_path / "results/tiny/wild/seed1.json").read_text())
     assert kept["diverged"] and kept["final_loss"] is None and kept["best_loss"] > 0
@@ -320,23 +322,21 @@ def test_min_lr_moves_with_a_swept_rate(call):
 def test_the_command_of_a_cell_has_the_threads_and_processes(call):
     arguments = (ROOT / "config/laptop.py", "--mixers=tbp", "--seeds=1", "--dry_run")
     assert call(*arguments).startswith("OMP_NUM_THREADS=1 python train.py ")
-    output = call(*arguments, "--threads=2", "--processes=4")
+    output = call(*arguments, "--threads=2", "--processes=4", "--batch_size=4")
     assert output.startswith("OMP_NUM_THREADS=2 torchrun --standalone --nproc_per_node=4 train.py ")
     assert output.rstrip().endswith("--seed=1 --out_dir=out/studies/laptop/tbp/seed1")
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_studies_of_this_repository(path):
-    """Each states its question and its rule, and train.py knows every knob that an arm sets."""
+def test_every_study_in_config_could_run(path, monkeypatch, tmp_path):
+    """Also of a study that somebody adds there: it is well formed, and every arm could begin."""
+    monkeypatch.chdir(ROOT)
+    options = study.argparse.Namespace(out="out", results="results", processes=1, files=[path])
     one = grid.read_study(path)
-    assert one.question.endswith("?") and len(one.decision) > 40 and len(one.seeds) >= 5
-    assert len(path.read_text().splitlines()) < 80
-    for arm, knobs in one.arms.items():
-        config = grid.knobs_of(*grid.arguments(one, {**one.knobs, **knobs}))
-        sizes = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-        GPTConfig(**sizes, options=options_of(config["mixer"], config))  # raises what it refuses
-        assert config["out_dir"].startswith("out/laptop"), arm
+    first = {knob: values[:1] for knob, values in one.sweep.items()}
+    for cell in grid.cells(one._replace(seeds=one.seeds[:1], sweep=first), options):
+        study.planned(cell._replace(folder=tmp_path), options)
 
 
 @pytest.mark.quick
@@ -362,7 +362,7 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
     "more, arguments, message",
     [
         ("", ["--arms=residual,tpb"], "there is no arm tpb; there are residual, identity"),
-        ("", ["--seeds=2,3"], "there is no seed 3; there are 1, 2"),
+        ("", ["--seeds=2,3"], "there is no seed 3; there are 1, 2; for more, raise seeds in /"),
         ("", ["--sweep", "n_streams=2"], "there is no swept knob n_streams; there are none"),
         (
             "",
@@ -373,13 +373,46 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
         ("", ["--n_layers=2"], "no such knob (did you mean --n_layer?)"),
         ("", ["--n_layer", "--list"], "write files first, then --knob=value in one word"),
         ("", ["--jobs=0"], "--jobs must be at least 1, not 0"),
-        ("seed = 3", [], "seed: a study has question,"),
-        ("del decision", [], "decision: a study has question,"),
+        ("seed = 3", [], "tiny.py: seed is not known: a study has question,"),
+        ("del decision", [], "tiny.py: decision is missing: a study has question,"),
+        ("del arms", [], "tiny.py: arms is missing: a study has question,"),
         ("files = 'config/laptop.py'", [], "files is of the type str; write it as list"),
-        ("seeds = 1 / 0", [], "tiny.py: ZeroDivisionError: division by zero"),
+        ("\nseeds = 1 / 0", [], "tiny.py:9: ZeroDivisionError: division by zero"),
+        ("seeds = [1, 2", [], "tiny.py:8: SyntaxError: '[' was never closed"),
+        ("seeds = 0", [], "tiny.py: seeds are []; write how many, such as 5, or a list of"),
+        ("seeds = '5'", [], "tiny.py: seeds is of the type str; write it as int or list"),
+        ("seeds = ['1']", [], "tiny.py: seeds are ['1']; write how many"),
+        ("knobs = 'n_layer=2'", [], "tiny.py: knobs is of the type str; write it as dict"),
+        ("knobs = {'n_layers': 2}", [], "tiny.py: --n_layers: train.py has no such knob (did"),
+        ("knobs['n_layer'] = 'two'", [], "tiny.py: n_layer = 'two' is of type str"),
+        ('sweep = {"n_layer": 2}', [], "tiny.py: the sweep of n_layer is 2; write a list of"),
+        ('sweep = {"n_layer": []}', [], "tiny.py: the sweep of n_layer is []; write a list of"),
+        ('sweep = {"learning_rate": ["x"]}', [], "learning_rate has 'x', which is no number"),
+        (
+            'sweep = {"n_layer": ["x"]}',
+            [],
+            "tiny.py: residual/n_layer=x/seed1: n_layer = 'x' is of",
+        ),
+        ("arms = {}", [], "tiny.py: arms is empty; write at least one"),
+        ("arms['tbp'] = 'tbp'", [], "tiny.py: arm 'tbp' is 'tbp'; write a name and its knobs"),
+        ("arms['tbp'] = {'mixr': 'tbp'}", [], "tiny.py: tbp/seed1: --mixr: train.py has no such"),
+        (
+            "arms['tbp'] = {'mixer': 'tpb'}",
+            [],
+            "tiny.py: tbp/seed1: unknown mixer 'tpb'; there are",
+        ),
+        ("arms['tbp'] = {'n_head': 3}", ["--dry_run"], "tbp/seed1: n_embd 16 is not divisible"),
+        ("arms['tbp'] = {'batch_size': 0}", [], "tbp/seed1: batch_size must be at least 1"),
+        ("arms['tbp'] = {'batch_size': 3}", [], "tbp/seed1: total_batch_tokens = 128 is no"),
+        ("references = ['tbp']", [], "tiny.py: references: tbp is no arm; the arms are residual"),
+        ("files = ['laptop.py']", [], "laptop.py: no such file; there are: "),
         ("", ["--seeds=few"], "--seeds=few: give how many"),
         ("", ["--sweep", "n_streams"], "write --sweep knob=value,value"),
-        ('sweep = {"n_streams": [2, 4]}', ["--sweep", "n_streams=3"], "no value of n_streams 3"),
+        (
+            'sweep = {"n_streams": [2, 4]}',
+            ["--sweep", "n_streams=3"],
+            "value of n_streams 3; there are 2",
+        ),
         ('arms["rate_1/16"] = {}', [], "'rate_1/16' cannot be the name of a folder of runs"),
         ('arms[".."] = {}', ["--list"], "'..' cannot be the name of a folder"),
         ("", ["--name=../other"], "'../other' cannot be the name of a folder"),
@@ -416,8 +449,32 @@ def test_mixers_and_files_that_are_not_there(call, tmp_path):
     assert "there is no mixer tpb; there are residual" in call(
         ROOT / "config/laptop.py", "--mixers=tpb", ok=False
     )
-    with pytest.raises(FileNotFoundError):  # main's last lines say it in one
-        call("config/none.py", ok=False)
+    output = call("config/mixer.py", ok=False)
+    assert output.startswith("config/mixer.py: no such file; there are: ")
+    assert output.rstrip("\nexit").endswith("config/studies/mixers.py")
+
+
+@pytest.mark.quick
+def test_of_many_cells_the_near_ones_are_named(call, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "config/studies/mixers.py"
+    output = call(path, "--cell=tbp/seed1", ok=False)
+    count = len(call(path, "--list").splitlines())
+    assert "tbp/learning_rate=0.008/seed1, " in output and len(output) < 300
+    assert output.endswith(f"…: --list shows all {count}")
+    assert "there are residual/" in call(path, "--cell=zzz", ok=False)
+
+
+@pytest.mark.quick
+def test_its_help_has_commands_that_it_takes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line for line in study.__doc__.splitlines() if line.startswith("    python study.py")]
+    assert len(lines) > 5
+    for line in lines:
+        monkeypatch.setattr("sys.argv", shlex.split(line, comments=True)[1:])
+        options, whole, _ = study.read_command_line()
+        names = {cell.name for cell in grid.cells(whole, options)}
+        assert not options.cell or options.cell in names, line
 
 
 @pytest.mark.quick
@@ -482,14 +539,15 @@ def test_a_failed_run_does_not_shorten_the_time_left(call, tiny_study, monkeypat
 def test_a_killed_run_goes_on_from_its_checkpoint_not_its_last_line(tiny_study, tmp_path):
     """It had written metrics up to step 3 and a checkpoint at step 2."""
     one = grid.read_study(tiny_study())
-    options = study.argparse.Namespace(out=tmp_path / "out", results=tmp_path / "results")
+    folders = {"out": tmp_path / "out", "results": tmp_path / "results"}
+    options = study.argparse.Namespace(**folders, files=one.files, processes=1)
     cell = grid.cells(one, options)[0]
     cell.folder.mkdir(parents=True)
     (cell.folder / "config.json").write_text(json.dumps(grid.knobs_of(*cell.arguments)))
     (cell.folder / "metrics.jsonl").write_text('{"step": 3, "loss": 5.0}\n{"step": 4, "lo')
-    assert (study.planned(cell).begun, study.state(cell)) == (0, "at step 3")
+    assert (study.planned(cell, options).begun, study.state(cell)) == (0, "at step 3")
     (cell.folder / "ckpt_0000002.pt").touch()
-    run = study.planned(cell)
+    run = study.planned(cell, options)
     assert (run.begun, run.steps, run.share(4)) == (2, 4, 0.5)
 
 
