@@ -5,7 +5,7 @@ What trained mixers do, and how runs compare: tables, JSON and figures.
     python analyze.py --out_dir=out/laptop-tbp --loss_tokens=0    # faster: no M is replaced
     python analyze.py --runs='out/laptop-*'                       # many runs: losses, norms, gains
     python analyze.py --runs='out/laptop-*' --figure=gain         # composite gain by depth alone
-    python analyze.py --runs=results/constraint                   # a study's results
+    python analyze.py --runs=results/constraint-english           # a study's results
 
 One run leaves analysis.json (`analysis` says what is in it) and analysis.png in its out_dir. Many
 runs leave, in the folder that holds them,
@@ -14,6 +14,19 @@ runs leave, in the folder that holds them,
     training.png    norm of the gradient, and composite gain, while training
     study.png       differences in the last loss, paired by seed, with 95 % intervals
     gain.png        composite gain by depth, from the checkpoints; the numbers in gain.json
+
+Composite gain: the most that a signal can grow on its way through sublayers in a row, or a gradient
+on its way back: the largest absolute row or column sum of a product of their M. It is 1 where every
+M is doubly stochastic. The table of one run has a line for each sublayer; M is a mean over tokens:
+
+    M - I, M - 1/n      Frobenius norms: 0 where streams do not mix; where they become their mean
+    sigma 1, 2          M's largest singular values; the second is 0 where streams mix at once
+    spread, ds error    how far a token's M is from this mean; from doubly stochastic, at most
+    forward, backward   composite gain from the first sublayer to here, from the last to here
+    cosine, streams     how alike the streams are before it; how many there are in effect
+    reads most          the stream that it reads most, and that stream's share of the read
+    loss, M = I         by how much the loss changes if this M alone is replaced by I, and by
+    loss, M = mean      its mean over tokens; ±: the standard error
 """
 
 import functools
@@ -30,11 +43,12 @@ import plots
 import run_figure
 from comparison import number
 from configurator import configure
-from data import TokenBlocks, write_json
+from data import DataError, TokenBlocks, write_json
 from measure import gains_by_depth, look_at, loss_changes
 from mixers import composite_gain
 from runtime import RunError, pick_device, provenance, run_script
 from trained import find_checkpoint, load_model
+from warm_start import check_tokens
 
 # One run
 out_dir = "out"  # of the run
@@ -48,6 +62,7 @@ references = "residual,identity"  # arms to compare with; loss.png takes the fir
 # Both
 out = ""  # folder for what is written; empty: the run's, or the one that holds the runs
 data_dir = ""  # where the data sets are; empty: where the run found them
+dataset = ""  # a folder of data_dir; empty: the run's
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 configure(globals())
 
@@ -80,17 +95,36 @@ def look_at_run():
 # ---- one run: its checkpoint, and what is measured of it -----------------------------------------
 
 
-def validation_batches(state, count, device):
-    """The first `count` validation tokens (whole sequences, at least one) of a run's data set.
-
-    -> a list of (idx, targets), each (B, T) on the torch.device. Raises DataError where there are
-    too few.
-    """
+def open_validation(path, state, most):
+    """The validation split of a run's data set, TokenBlocks. Says so where it has fewer than `most`
+    tokens. Raises RunError, or ValueError where the data set has other tokens than the model."""
     run = state["config"]
-    folder = Path(data_dir or run["data_dir"]) / run["dataset"]
-    blocks = TokenBlocks(folder, "val", run["block_size"])
-    sequences = max(1, count // run["block_size"])
-    at_once = max(1, AT_ONCE // run["block_size"])
+    if not dataset and "dataset" not in run:
+        raise RunError(
+            f"{path} was converted, and names no data set: name one that has its tokens, with "
+            "--dataset=… (a folder in data, or in --data_dir=…)"
+        )
+    folder = Path(data_dir or run.get("data_dir", "data")) / (dataset or run["dataset"])
+    try:
+        blocks = TokenBlocks(folder, "val", state["model_config"]["block_size"])
+    except DataError as error:
+        raise DataError(
+            f"{error}. If the data set is elsewhere, name the folder that it is in: --data_dir=…"
+        ) from error
+    check_tokens(path, state, blocks.meta)
+    count = blocks.n_blocks * blocks.block_size
+    if count < most:
+        print(f"{folder}: val has {count:,} tokens in whole sequences; all are read, not {most:,}")
+    return blocks
+
+
+def validation_batches(blocks, count, device):
+    """The first `count` tokens of `blocks`, in whole sequences: at least one, at most all.
+
+    -> a list of (idx, targets), each (B, T) on the torch.device.
+    """
+    sequences = min(max(1, count // blocks.block_size), blocks.n_blocks)
+    at_once = max(1, AT_ONCE // blocks.block_size)
     starts = range(0, sequences, at_once)
     batches = [blocks.in_order(start, min(at_once, sequences - start)) for start in starts]
     return [(idx.to(device), targets.to(device)) for idx, targets in batches]
@@ -129,7 +163,8 @@ def analysis(path, device):
     """
     state, model = load_model(path, stream_dtype="auto")  # float32, whatever the run's was
     model.to(device)
-    sublayers, n_tokens = look_at(model, validation_batches(state, tokens, device))
+    blocks = open_validation(path, state, max(tokens, loss_tokens))
+    sublayers, n_tokens = look_at(model, validation_batches(blocks, tokens, device))
     means = mean_matrices(sublayers)
     for sublayer, gains in zip(sublayers, gains_by_depth(means)):
         sublayer.update(gains, loss_change=None)
@@ -147,7 +182,7 @@ def analysis(path, device):
         "sublayers": sublayers,
     }
     if loss_tokens:
-        batches = validation_batches(state, loss_tokens, device)
+        batches = validation_batches(blocks, loss_tokens, device)
         found["loss"], changes = loss_changes(model, means, batches)
         found["loss_tokens"] = sum(idx.numel() for idx, _ in batches)
         for sublayer, change in zip(sublayers, changes):
@@ -230,6 +265,8 @@ def compare_runs():
     target = Path(out or os.path.commonpath(folders))
     target.mkdir(parents=True, exist_ok=True)
     points = curves.points_of(curves.read_results(folders))
+    for line in curves.differing_knobs(points):
+        print(f"warning: {line}")
     for name in FIGURES if figure == "all" else (figure,):
         try:
             FIGURES[name](points, target)
@@ -281,18 +318,16 @@ def draw_study(points, target):
         print(f"{curves.label(point)} is not in study.png: it has runs that are not finished")
     points = [point for point in points if point not in unfinished]
     panels = {name: curves.last_differences(points, name) for name in references.split(",")}
-    unused = [name for name, rows in panels.items() if not rows]
+    unused = [
+        f"no differences from {name}: {curves.why_no_differences(points, name)}"
+        for name, rows in panels.items()
+        if not rows
+    ]
     panels = {name: rows for name, rows in panels.items() if rows}
-    if panels and unused:
-        print(
-            f"study.png has no differences from {', '.join(unused)}: no finished run of such an "
-            "arm has a seed in common with another's"
-        )
     if not panels:
-        raise NothingToDraw(
-            f"differences are taken from --references={references}, and no finished run of these "
-            "has a seed in common with another arm's"
-        )
+        raise NothingToDraw(f"{'; '.join(unused)}. Name other arms with --references=…")
+    for line in unused:
+        print(f"study.png has {line}")
     plots.save(target / "study.png", plots.study_figure, curves.arms_in_order(points), panels)
 
 
@@ -324,7 +359,7 @@ def gains_of_runs(with_checkpoint):
     for point, seed, folder in with_checkpoint:
         try:
             kept.append(gain_of_run(point, seed, folder))
-        except RunError as error:
+        except (RunError, ValueError) as error:
             print(f"{curves.label(point)}, seed {seed}, is not in gain.png: {error}")
     if not kept:
         raise NothingToDraw("none of the checkpoints can be loaded")
@@ -336,7 +371,8 @@ def gain_of_run(point, seed, folder):
     path, where = checkpoints.find(folder), pick_device(device)
     state, model = load_model(path, stream_dtype="auto")
     model.to(where)
-    sublayers, n_tokens = look_at(model, validation_batches(state, tokens, where))
+    blocks = open_validation(path, state, tokens)
+    sublayers, n_tokens = look_at(model, validation_batches(blocks, tokens, where))
     gains = gains_by_depth(mean_matrices(sublayers))
     return {
         "arm": curves.label(point),

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from intervals import Difference, interval
-from runtime import describe_machine
+from runtime import RunError, describe_machine
 
 RATE = "learning_rate"
 
@@ -52,13 +52,16 @@ RATE = "learning_rate"
 
 def read_run(folder):
     """-> the config of the run in `folder`, and its metrics, a dict for each line. Both are empty
-    where there is no run."""
+    where there is no run. Raises RunError for damaged ones."""
     config, metrics = Path(folder, "config.json"), Path(folder, "metrics.jsonl")
     if not config.exists() or not metrics.exists():
         return {}, []
     lines = metrics.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # the run may be writing the last one
-    return json.loads(config.read_text()), [json.loads(line) for line in whole]
+    try:
+        return json.loads(config.read_text()), [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise RunError(f"{folder}: config.json or metrics.jsonl is damaged ({error})") from error
 
 
 def last_step(folder):

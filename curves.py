@@ -1,7 +1,7 @@
 """
 From the files of many runs to curves with bands over seeds.
 
-    points = points_of(read_results([Path("out/studies/constraint")]))      # or results/constraint
+    points = points_of(read_results([Path("results/constraint-english")]))  # or out/studies/…
     by_tokens(points, "val")                                                # plots.py draws them
 
 A result (a run), a point (an arm with its runs by seed) and their differences are comparison.py's.
@@ -26,8 +26,8 @@ NOT_NAMED = {
     *("batch_size", "device", "compile", "activation_memory_budget", "peak_flops"),
     *("eval_only", "tensorboard", "wandb_project", "hang_minutes"),
 }
-
-
+# Runs that differ in one of these are no comparison of arms alone.
+COMPARED = ("dataset", "block_size", "total_batch_tokens", "max_iters", "eval_tokens")
 SECOND_RUN = re.compile(r"seed-?\d+-again\d+")  # the folder that study.py --cell makes
 
 
@@ -58,11 +58,10 @@ def read_results(folders):
         for path in sorted(folder.rglob("*.json")):
             if SECOND_RUN.fullmatch(path.parent.name):
                 continue
-            content = read_json(path)
-            if path.name == "config.json" and "total_batch_tokens" in content:
-                found += result_of_run(path.parent)
-            elif isinstance(content, dict) and "arm" in content:
-                found.append({**content, "folder": None})
+            try:
+                found += results_of_file(path)
+            except RunError as error:
+                print(f"left out: {error}")
     if not found:
         raise RunError(
             f"{', '.join(map(str, folders)) or 'nothing'}: no run is there, neither a folder with "
@@ -72,11 +71,18 @@ def read_results(folders):
     return found
 
 
-def read_json(path):
+def results_of_file(path):
+    """-> the run that a JSON file belongs to, in a list, which is empty where it is of no run.
+    Raises RunError for a damaged file."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(f"{path}: damaged ({error}); move it away, or name other folders") from error
+        raise RunError(f"{path} is damaged ({error})") from error
+    if not isinstance(content, dict):
+        return []
+    if path.name == "config.json" and "total_batch_tokens" in content:
+        return result_of_run(path.parent)
+    return [{**content, "folder": None}] if "arm" in content else []
 
 
 def result_of_run(folder):
@@ -150,6 +156,21 @@ def points_of(results):
         elif note := diverged_text(point):
             print(f"{label(point)}: {note}; its curves are of the others, if there are any")
     return chosen
+
+
+def differing_knobs(points):
+    """-> a line for each knob of COMPARED that differs between runs, unless it is a swept one."""
+    lines = []
+    for knob in COMPARED:
+        arms = {}  # the names of the points by their value
+        for point in points:
+            for run in point.runs.values():
+                if knob in run["knobs"] and knob not in point.axes:
+                    arms.setdefault(run["knobs"][knob], set()).add(label(point))
+        if len(arms) > 1:
+            listed = "; ".join(f"{value} ({', '.join(sorted(arms[value]))})" for value in arms)
+            lines.append(f"the runs differ in {knob}, and not in the arm alone: {listed}")
+    return lines
 
 
 # ---- curves --------------------------------------------------------------------------------------
@@ -282,3 +303,17 @@ def last_differences(points, reference_arm):
             if difference.n:
                 found[label(point)] = difference
     return found
+
+
+def why_no_differences(points, reference_arm):
+    """In words, why last_differences has none."""
+    own = [point for point in points if point.arm == reference_arm]
+    if not own:
+        return "no arm of this name has a finished run"
+    if len(own) == len(points):
+        return "there is no other arm whose runs are finished"
+    if not any(point.finished() for point in own):
+        return "all its runs diverged"
+    if not any(comparison.reference_of(point, reference_arm, points) for point in points):
+        return "no other arm has the same swept knobs"
+    return "no seed of it is also a finished one of another arm"

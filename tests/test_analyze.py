@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 import curves
 import plots
@@ -332,6 +333,57 @@ def test_a_sweep_of_learning_rates_is_shown_at_its_best(tmp_path, capsys):
     assert "tbp at learning rate 0.001 is left out" in capsys.readouterr().out
 
 
+def test_knobs_that_spoil_a_comparison_are_named(tmp_path):
+    """A swept knob is no surprise: the labels have it."""
+    for arm, dataset, size in (("tbp", "tiny", 8), ("tbp", "tiny", 16), ("hc", "other", 8)):
+        folder = tmp_path / arm / f"total_batch_tokens={size}" / "seed1"
+        write_run(folder, [5.0, 3.0], mixer=arm, dataset=dataset, total_batch_tokens=size)
+    points = curves.points_of(curves.read_results([tmp_path]))
+    assert curves.differing_knobs(points) == [
+        "the runs differ in dataset, and not in the arm alone: other (hc, total_batch_tokens=8); "
+        "tiny (tbp, total_batch_tokens=16, tbp, total_batch_tokens=8)"
+    ]
+    write_run(tmp_path / "long", [5.0, 3.0, 2.0])
+    write_run(tmp_path / "short", [5.0, 3.0])
+    points = curves.points_of(curves.read_results([tmp_path / "long", tmp_path / "short"]))
+    (line,) = curves.differing_knobs(points)
+    assert line.startswith("the runs differ in max_iters") and "20 (tbp" in line and "10 (" in line
+
+
+def test_why_there_are_no_differences(tmp_path):
+    write_run(tmp_path / "a", [5.0, 3.0], seed=1)
+    residual = {"mixer": "residual", "n_streams": 1}
+    write_run(tmp_path / "b", [5.0, 3.0], seed=2, **residual)
+    write_run(tmp_path / "c", [5.0, None], seed=1, mixer="identity")
+
+    def why(points, arm):
+        assert not curves.last_differences(points, arm)
+        return curves.why_no_differences(points, arm)
+
+    points = curves.points_of(curves.read_results([tmp_path]))
+    assert why(points, "hc") == "no arm of this name has a finished run"
+    assert why(points, "residual") == "no seed of it is also a finished one of another arm"
+    assert why(points, "identity") == "all its runs diverged"
+    assert why(points[:1], "tbp") == "there is no other arm whose runs are finished"
+    for arm, size in (("tbp", 8), ("hc", 16)):
+        folder = tmp_path / "swept" / arm / f"total_batch_tokens={size}" / "seed1"
+        write_run(folder, [5.0, 3.0], mixer=arm, total_batch_tokens=size)
+    points = curves.points_of(curves.read_results([tmp_path / "swept"]))
+    assert why(points, "hc") == "no other arm has the same swept knobs"
+
+
+def test_a_damaged_run_is_left_out_with_a_word(tmp_path, capsys):
+    write_run(tmp_path / "a", [5.0, 3.0])
+    damaged = [write_run(tmp_path / name, [5.0, 3.0], mixer="hc") for name in "bc"]
+    (damaged[0] / "metrics.jsonl").write_text("{]\n")
+    (damaged[1] / "config.json").write_text("{")
+    assert len(curves.read_results([tmp_path])) == 1
+    output = capsys.readouterr().out
+    for folder in damaged:
+        assert f"left out: {folder}" in output
+    assert output.count(" damaged (") == 2
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
     with pytest.raises(RunError, match="no run is there"):
         curves.read_results([tmp_path])
@@ -455,6 +507,10 @@ def test_one_run(trained, tmp_path, mixer, n):
     rows = [line for line in output.splitlines() if " attn " in line or " mlp " in line]
     assert len(rows) == 4 and len({len(row) for row in rows}) == 1
     check_figure(tmp_path / "analysis.png")
+    heading = next(line for line in output.splitlines() if line.startswith("sublayer "))
+    explained = run("analyze.py", "--help")
+    assert all(word in explained for word in heading.replace("M - 1/n", "").split())
+    assert "M - 1/n" in explained
 
 
 def test_a_run_that_is_still_going(trained, tmp_path):
@@ -470,12 +526,64 @@ def test_a_run_that_is_still_going(trained, tmp_path):
     assert found["loss"] is None and found["sublayers"][0]["loss_change"] is None
 
 
+def test_a_small_split_is_read_whole(trained, tmp_path):
+    """By default more tokens would be read than the data set of these tests has."""
+    pytest.importorskip("matplotlib")
+    output = run("analyze.py", f"--out_dir={trained / 'residual'}", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert 0 < found["tokens"] == found["loss_tokens"] < 8192
+    said = f"val has {found['tokens']:,} tokens in whole sequences; all are read, not 8,192"
+    assert output.count(said) == 1
+
+
+def test_a_data_set_that_is_not_there_or_not_named(trained, tmp_path, tiny_data):
+    """A copy of a run, as on another machine; and a converted checkpoint, which has no data set."""
+    pytest.importorskip("matplotlib")
+    here = [f"--out_dir={trained / 'residual'}", f"--out={tmp_path}", "--loss_tokens=0"]
+    says = run("analyze.py", *here, f"--data_dir={tmp_path}", ok=False)
+    assert "meta.json: no such file; to make it: " in says and says.endswith("--data_dir=…\n")
+    state = torch.load(next(trained.glob("residual/ckpt_*.pt")))
+    path, words = tmp_path / "converted.pt", [f"--out={tmp_path}", "--loss_tokens=0"]
+    torch.save(state | {"config": {}}, path)
+    says = run("analyze.py", f"--checkpoint={path}", *words, ok=False)
+    assert f"{path} was converted, and names no data set" in says and "--dataset=" in says
+    dataset = [f"--data_dir={tiny_data}", f"--dataset={state['config']['dataset']}"]
+    assert "written: " in run("analyze.py", f"--checkpoint={path}", *words, *dataset)
+    torch.save(state | {"config": {}, "tokenizer": "gpt2"}, path)
+    says = run("analyze.py", f"--checkpoint={path}", *words, *dataset, ok=False)
+    assert "was trained on tokens of gpt2" in says
+
+
+def test_one_run_without_data_does_not_end_the_others(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    for folder in trained.iterdir():
+        shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    for path in tmp_path.glob("runs/tbp/ckpt_*.pt"):
+        torch.save(torch.load(path) | {"config": {"data_dir": "gone", "dataset": "tiny"}}, path)
+    words = [f"--runs={tmp_path / 'runs'}", "--figure=gain", "--tokens=32", f"--out={tmp_path}"]
+    output = run("analyze.py", *words)
+    assert ", seed 1337, is not in gain.png: gone/tiny/meta.json: no such file" in output
+    assert [r["arm"] for r in json.loads((tmp_path / "gain.json").read_text())["runs"]] == [
+        "residual"
+    ]
+
+
+@pytest.mark.quick
+def test_its_help_names_results_that_are_there():
+    text = (ROOT / "analyze.py").read_text() + (ROOT / "curves.py").read_text()
+    named = set(re.findall(r"results/[\w-]+", text))
+    assert named and all((ROOT / name).is_dir() for name in named)
+
+
 def test_many_runs(trained, tmp_path):
     """All figures; then that of the gains again, without checkpoints, from gain.json."""
     pytest.importorskip("matplotlib")
     out = f"--out={tmp_path}"
     output = run("analyze.py", f"--runs={trained}/*", "--tokens=32", out)
-    assert "study.png has no differences from identity: no finished run" in output
+    assert (
+        "study.png has no differences from identity: no arm of this name has a finished run"
+        in output
+    )
     for name in ("loss", "training", "study", "gain"):
         assert f"written: {tmp_path / name}.png" in output
         check_figure(tmp_path / f"{name}.png")
@@ -496,7 +604,10 @@ def test_what_is_missing_is_said(tmp_path):
     write_run(tmp_path / "a", [5.0, 3.0, 2.0], max_iters=100)
     output = run("analyze.py", f"--runs={tmp_path}", f"--out={tmp_path / 'pictures'}")
     assert "tbp is not in study.png: it has runs that are not finished" in output
-    assert "no study.png: differences are taken from --references=residual,identity" in output
+    assert (
+        "no study.png: no differences from residual: no arm of this name has a finished run"
+        in output
+    )
     assert "no gain.png: no checkpoint in the runs" in output
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
         "loss.png",
