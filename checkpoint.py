@@ -1,19 +1,17 @@
 """
-A run's files in its out_dir: checkpoints, each whole or absent, the metrics, and a lock that lets
-one run write. Also the questions about a checkpoint: where to start, and is it the same run?
+A run's checkpoints in its out_dir, each whole or absent, and a lock that lets one run write. Also
+the questions about a checkpoint: where to start, and is it the same run?
 
     ckpt_0000500.pt    the newest few checkpoints, by step
     best.pt            the one with the lowest validation loss
     config.json        the knobs, and what made the run (runtime.provenance)
-    metrics.jsonl      a JSON object a line
+    metrics.jsonl      a JSON object a line (progress.py)
 
 A checkpoint is torch.save's zip archive, which has a CRC-32 of every record; `verify` checks them.
 It is loaded with weights_only=True: a file from a stranger can be wrong, but it cannot run code.
 """
 
-import errno
 import json
-import math
 import os
 import re
 import shlex
@@ -26,7 +24,6 @@ from pathlib import Path
 
 import torch
 
-from data import finite, write_atomic
 from runtime import RunError, print0
 from tokenizer import tokenizer_name
 
@@ -347,7 +344,7 @@ def resume_arguments(argv, out_dir, known):
         return argv
     try:
         knobs = json.loads(path.read_text())
-        provenance = knobs.pop("provenance", {"commit": None})
+        provenance = knobs.pop("provenance", {"commit": None, "clean": None})
         knobs.pop("interval_map", None)  # of commit 4e260d0; `load` refuses what is gone
         own = [f"--{name}={value!r}" for name, value in knobs.items()]
     except (OSError, ValueError, AttributeError) as error:
@@ -427,53 +424,3 @@ def _changed_values(then, now):
         for name in now
         if name in then and then[name] != now[name]
     ]
-
-
-# ---- metrics -------------------------------------------------------------------------------------
-
-
-class Metrics:
-    """metrics.jsonl: one JSON object on each line.
-
-    step      where the run goes on: the lines that a killed run wrote beyond it are dropped. None:
-              the run begins, and all lines are dropped.
-    trackers  objects whose `write` gets each line as well, as a dict
-    Raises RunError when the disk is full or not writable.
-    """
-
-    def __init__(self, out_dir, step, trackers=()):
-        self.trackers = trackers
-        self.path = Path(out_dir) / "metrics.jsonl"
-        try:
-            if self.path.exists():
-                lines = self.path.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if step is not None and _step_of(line) <= step]
-                write_atomic(self.path, *kept)
-            self.file = open(self.path, "ab", buffering=0)  # a line at a time: a kill loses none
-        except OSError as error:
-            raise RunError(
-                f"{self.path}: could not be opened ({error.strerror}). Make it writable, or name "
-                "another --out_dir"
-            ) from error
-
-    def write(self, **record):
-        record = finite(record)
-        line = json.dumps(record).encode() + b"\n"
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise RunError(
-                f"{self.path}: could not be written ({error.strerror}). Free some space, then go "
-                "on with --init_from=resume"
-            ) from error
-        for tracker in self.trackers:
-            tracker.write(record)
-
-
-def _step_of(line):
-    """The step of a line of metrics; infinite where a kill or a full disk left half of one."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf

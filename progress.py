@@ -1,18 +1,26 @@
 """
-What a run reports while it goes: counts, a clock, and the lines of its log.
+What a run reports while it goes: counts, a clock, the lines of its log, and metrics.jsonl.
 
     progress = Progress()
     tally, clock = Tally(progress.tally, device), Clock(progress.step)
     tally.add(bad, norm, limit)                 # every step; the host does not wait
     line = metrics_line(step, logged_step, tally, clock, loss, norm, lr)    # here it does
     print(log_line(line, max_iters, tokens_per_step))
+    Metrics(out_dir, step).write(**line)
 """
 
+import errno
+import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+
+from data import finite, write_atomic
+from runtime import RunError
 
 
 @dataclass
@@ -129,3 +137,53 @@ def duration(seconds):
     days, hours = divmod(hours, 24)
     units = ((days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s"))
     return " ".join([f"{count}{unit}" for count, unit in units if count][:2]) or "0s"
+
+
+# ---- metrics.jsonl -------------------------------------------------------------------------------
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object on each line.
+
+    step      where the run goes on: the lines that a killed run wrote beyond it are dropped. None:
+              the run begins, and all lines are dropped.
+    trackers  objects whose `write` gets each line as well, as a dict
+    Raises RunError when the disk is full or not writable.
+    """
+
+    def __init__(self, out_dir, step, trackers=()):
+        self.trackers = trackers
+        self.path = Path(out_dir) / "metrics.jsonl"
+        try:
+            if self.path.exists():
+                lines = self.path.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if step is not None and _step_of(line) <= step]
+                write_atomic(self.path, *kept)
+            self.file = open(self.path, "ab", buffering=0)  # a line at a time: a kill loses none
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: could not be opened ({error.strerror}). Make it writable, or name "
+                "another --out_dir"
+            ) from error
+
+    def write(self, **record):
+        record = finite(record)
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: could not be written ({error.strerror}). Free some space, then go "
+                "on with --init_from=resume"
+            ) from error
+        for tracker in self.trackers:
+            tracker.write(record)
+
+
+def _step_of(line):
+    """The step of a line of metrics; infinite where a kill or a full disk left half of one."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -44,7 +44,7 @@ from configurator import at_least, configure, resolve
 from data import verify, write_json
 from mixers import OPTIONS, options_of
 from model import GPT, GPTConfig
-from progress import Clock, Progress, Tally, log_line, metrics_line
+from progress import Clock, Metrics, Progress, Tally, log_line, metrics_line
 from runtime import RunError, on_all_ranks, on_rank_0, print0
 from tokenizer import tokenizer_name
 from trackers import check_packages, open_trackers
@@ -183,7 +183,7 @@ def open_metrics(step, provenance):
     """Write config.json and open metrics.jsonl, which keeps its lines up to `step`."""
     write_json(os.path.join(out_dir, "config.json"), {**config, "provenance": provenance})
     trackers = open_trackers(config, step, provenance)
-    return checkpoint.Metrics(out_dir, step, trackers)
+    return Metrics(out_dir, step, trackers)
 
 
 def about_run(model, meta, provenance):

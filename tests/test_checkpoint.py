@@ -11,6 +11,7 @@ from conftest import ROOT, assert_same_run, load, run
 
 import checkpoint
 from checkpoint import RunError
+from progress import Metrics
 
 
 def state(step, size=1000):
@@ -186,13 +187,13 @@ def test_the_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
 
 @pytest.mark.quick
 def test_metrics_drop_what_lies_beyond_the_step_and_half_a_line(tmp_path):
-    metrics = checkpoint.Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0)
     for step in range(1, 6):
         metrics.write(step=step, loss=float("nan") if step == 2 else 1.0)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    checkpoint.Metrics(tmp_path, 3).write(step=4, loss=2.0)
-    checkpoint.Metrics(tmp_path, 4)
+    Metrics(tmp_path, 3).write(step=4, loss=2.0)
+    Metrics(tmp_path, 4)
     lines = [
         json.loads(line, parse_constant=pytest.fail)
         for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -203,13 +204,13 @@ def test_metrics_drop_what_lies_beyond_the_step_and_half_a_line(tmp_path):
         (3, 1.0),
         (4, 2.0),
     ]
-    checkpoint.Metrics(tmp_path, None)
+    Metrics(tmp_path, None)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_full_disk_is_no_traceback_for_metrics(small_disk):
     disk, grow = small_disk
-    metrics = checkpoint.Metrics(disk, None)
+    metrics = Metrics(disk, None)
     with pytest.raises(
         RunError, match="metrics.jsonl: could not be written .No space left.*--init_from=resume"
     ):
@@ -217,7 +218,7 @@ def test_a_full_disk_is_no_traceback_for_metrics(small_disk):
             metrics.write(step=step, loss=1.0)
     metrics.file.close()
     grow()
-    metrics = checkpoint.Metrics(disk, step)
+    metrics = Metrics(disk, step)
     metrics.write(step=step, loss=1.0)
     metrics.file.close()
     assert len((disk / "metrics.jsonl").read_text().splitlines()) == step + 1
@@ -334,4 +335,4 @@ def test_metrics_that_cannot_be_opened_are_a_run_error(tmp_path):
     """Other ranks wait for this one: on_all_ranks passes a RunError on, and no OSError."""
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(RunError, match="metrics.jsonl: could not be opened .*--out_dir"):
-        checkpoint.Metrics(tmp_path, None)
+        Metrics(tmp_path, None)

@@ -7,8 +7,8 @@ import pytest
 from conftest import run
 
 import trackers
-from checkpoint import Metrics
 from data import as_number
+from progress import Metrics
 
 # Stand-ins that note each call in a file: what was called, and with which arguments.
 FAKES = """
