@@ -295,7 +295,7 @@ def _remedy(state):
 
 
 def check_resumable(out_dir):
-    """Raises RunError where there is no checkpoint, whole or damaged, or none of a run."""
+    """Raises RunError where out_dir has no checkpoint, not even a damaged one, or no run."""
     if not checkpoints(out_dir):
         raise RunError(
             f"{out_dir} has no checkpoint to resume from; begin with --init_from=scratch"
@@ -310,7 +310,7 @@ def check_resumable(out_dir):
 def starting_point(out_dir, init_from):
     """The checkpoint to resume from, or None to start at step 0: from scratch, or from weights.
 
-    Raises RunError where init_from cannot be had.
+    Raises RunError where out_dir lacks what init_from asks for, or has a run that is not to go on.
     """
     if init_from == "resume":
         check_resumable(out_dir)
@@ -335,7 +335,7 @@ def resume_arguments(argv, out_dir, known):
     run's config.json stand before it, so that knobs which it does not name are the run's own.
 
     out_dir: the default, for a command line that does not name it. known: the names of all knobs.
-    Raises SystemExit for a config.json that is damaged, or has other knobs.
+    Raises SystemExit for a config.json that is damaged, or has a knob that is not known.
     """
     named = dict(item[2:].split("=", 1) for item in argv if item.startswith("--") and "=" in item)
     path = Path(named.get("out_dir", out_dir)) / "config.json"

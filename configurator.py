@@ -245,7 +245,7 @@ def read_source(path: str, script: str) -> bytes:
 
 
 def is_study(source: bytes) -> bool:
-    """Whether a file sets what a study of study.py has, and no config file."""
+    """Whether a file sets a name that only a study has (study.py), and no config file."""
     return re.search(rb"^(question|decision|arms)\b.*=", source, re.MULTILINE) is not None
 
 

@@ -25,7 +25,7 @@ from runtime import RunError
 
 @dataclass
 class Progress:
-    """What a checkpoint carries beside weights and moments."""
+    """How far a run is. A checkpoint carries this beside weights and moments."""
 
     step: int = 0
     best_val: float = math.inf
@@ -148,7 +148,7 @@ class Metrics:
     step      where the run goes on: the lines that a killed run wrote beyond it are dropped. None:
               the run begins, and all lines are dropped.
     trackers  objects whose `write` gets each line as well, as a dict
-    Raises RunError when the disk is full or not writable.
+    Raises RunError or DataError when the disk is full or not writable.
     """
 
     def __init__(self, out_dir, step, trackers=()):

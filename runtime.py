@@ -186,7 +186,7 @@ class Machine(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of activations
     autocast: contextlib.AbstractContextManager  # in which a model computes
-    group: dist.ProcessGroup | None  # for what travels between hosts; None without torchrun
+    group: dist.ProcessGroup | None  # gloo, for errors and flags; None without torchrun
     stop: "StopSignal"
 
 

@@ -18,7 +18,7 @@ The knobs below are those of GPT-2 124M with 4 TBP streams on OpenWebText; confi
 Which tokens a step sees depends on (seed, step) alone; dropout also on rank, number of processes
 and batch_size. With these unchanged, a killed and resumed run ends with the same bits.
 
-The times in log lines are those of steps alone: evaluating and saving are not in them.
+Times in log lines are those of steps alone; only the time left counts evaluating and saving too.
 """
 
 import json
@@ -169,9 +169,9 @@ def build_model(vocab_size):
 
 
 def compile_model(model, val_blocks, machine):
-    """Compile the model in place. Raises RunError where a torch that the tests do not know does
-    it wrongly."""
-    # Else Dynamo splits graphs at DDP's buckets; communication overlaps from block to block.
+    """Compile the model in place. Raises RunError where this version of torch is unknown to the
+    tests, and compiles it wrongly."""
+    # Dynamo need not split graphs at DDP's buckets: communication overlaps from block to block.
     torch._dynamo.config.optimize_ddp = False
     sample = to_device(val_blocks.in_order(0, 1), machine.device)
     trial = (compiler.loss_and_gradients, model, sample, machine.autocast)
@@ -223,8 +223,8 @@ class Run:
         if progress.scaler:
             self.scaler.load_state_dict(progress.scaler)
         self.tally = Tally(progress.tally, machine.device)
-        self.clock = Clock(progress.step)  # of the steps since the last log line
-        self.whole_run = Clock(progress.step)  # of the steps after the first, which compiles
+        self.clock = Clock(progress.step)  # restarts at log lines, evaluations and checkpoints
+        self.whole_run = Clock(progress.step)  # of everything after the first step, which compiles
         peak = (peak_flops or runtime.peak_flops(machine.device)) * runtime.ranks()[2]
         flops_per_step = model.flops_per_token() * total_batch_tokens
         self.ideal_ms = flops_per_step / peak * 1e3 if peak else 0.0
@@ -427,7 +427,7 @@ def main():
     if compile:
         on_all_ranks(group, compile_model, model, val_blocks, machine)
 
-    # Reading a large data set takes minutes, so all other refusals come before it.
+    # Reading a large data set takes minutes, so what can be refused without it comes before.
     on_all_ranks(group, verify, train_blocks.directory, rank, world_size)
     if eval_only:
         val, gain = evaluate(model, val_blocks, eval_tokens, batch_size, machine)
@@ -449,4 +449,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_script(record(main))  # with torchrun, which shows what is raised as the root cause
+    runtime.run_script(record(main))  # record: torchrun then shows the error as the root cause

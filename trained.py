@@ -71,7 +71,8 @@ def open_gpt2(source, device):
 
 
 def find_checkpoint(out_dir, checkpoint):
-    """checkpoint: latest, best, or a path -> the path. Raises RunError where the run has none."""
+    """checkpoint: latest, best, or a path -> the path. Raises RunError where there is none; where
+    there is no best.pt, `load` does."""
     if checkpoint == "best":
         return Path(out_dir).expanduser() / "best.pt"
     if checkpoint != "latest" and not Path(checkpoint).expanduser().exists():
