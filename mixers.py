@@ -4,10 +4,10 @@ Mixers: K logits -> the n x n matrix M that mixes the n residual streams.
     >>> M = mixing_matrix("tbp", torch.randn(8, 9), n_streams=4)    # logits (8, 9) -> M (8, 4, 4)
     >>> mixing_logits("tbp", M)                                     # and back: (8, 9)
 
-The contract, `class Mixer`, comes first. Then each mixer has a section of its own: the map, its
-inverse, its start, and its entry in `MIXERS`. The model, the tests, the benchmark and the studies
-walk that registry, so a new mixer is one section here (and its oracle in tests/oracle.py). Three
-families of maps are long, and have files of their own: sinkhorn.py, permutations.py and charts.py.
+The contract, `class Mixer`, comes first. Then come the mixers, each with its map, its inverse, its
+start, and its entry in `MIXERS`. The model, the tests, the benchmark and the studies walk that
+registry, so a new mixer is one section here (and its oracle in tests/oracle.py). Three families of
+maps are long, and have files of their own: sinkhorn.py, permutations.py and charts.py.
 
 Inside a mixer, M is a list of n rows, and a row is a list of n *planes* (planes.py). A plane is a
 tensor of the shape of one logit: (B, T) in the model, one entry of M for all tokens. A mixer is a

@@ -59,7 +59,7 @@ class GPTConfig:
     sees: str = "streams"  # what a, w and M see: streams, or input (needs a learned readout)
     wraps: str = "sublayer"  # a hyper-connection is around: sublayer, or block (both sublayers)
     mix_scale: str = "none"  # learned factors of M: none, sublayer (one), stream (one a row)
-    mix_start: float = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T, if the mixer has it
+    mix_start: float = 0.01  # eps: M starts as (1 - eps) I + (eps / n) 11^T, in most mixers
     alpha_start: float = 0.01  # factor, at the start, of what a token adds to the logits
     read_start: float = 0.7  # weight of the stream that a sublayer reads most, at the start
     embed_scale: float = 1.0  # a factor of the embedding on its way into the streams

@@ -173,8 +173,8 @@ class ReadAndMix(torch.autograd.Function):
     def forward(ctx, *args):
         x, a, M = args[:3]
         ctx.save_for_backward(x, a, M)
-        # One product over all streams, then a sum. Written stream by stream, Inductor would compute
-        # u again from x in the branch's backward.
+        # One product over all streams, then a sum. If this went stream by stream, Inductor would
+        # compute u again from x in the branch's backward.
         u = cast(sum((a[..., None] * x).unbind(-2)), x.dtype)
         if M is None:
             return u

@@ -146,9 +146,9 @@ def kronecker_inverse(M, n):
 
 
 def kronecker_start(n, eps):
-    """The blend of mixers.py is no Kronecker product. The start is the product of smaller blends,
-    one for each prime. Their common eps, found by bisection, gives the product the diagonal of the
-    blend.
+    """Unless n is prime, the blend of mixers.py is no Kronecker product. The start is the product
+    of smaller blends, one for each prime. Their common eps, found by bisection, gives the product
+    the diagonal of the blend.
     """
     low, high = 0.0, 1.0
     for _ in range(60):

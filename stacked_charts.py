@@ -264,7 +264,7 @@ def side_by_side(logits):
 
 
 def one_after_another(logits):
-    """What `side_by_side` makes -> what it is made of."""
+    """The inverse of `side_by_side`: (k, 4 N) -> (4 k, N)."""
     return logits.unflatten(1, (4, logits.shape[1] // 4)).transpose(0, 1).flatten(0, 1)
 
 

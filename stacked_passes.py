@@ -141,7 +141,7 @@ class MixWriteReadAheadStacked(torch.autograd.Function):
             grad_M = grad_M.sum_to_size(M.shape)
 
         # G_i = grad_i + a_i grad_u is the whole gradient of x'_i. Each sum over i is taken of the
-        # two terms separately: the compiler would store G, in float32.
+        # two terms separately: otherwise the compiler would store G, in float32.
         mixed_a = a if M is None else (M * a[..., None]).sum(-2)  # sum_i M_ij a_i
         grad_x = grad if M is None else mixed_by(M.mT, grad)
         grad_x = (grad_x + mixed_a[..., None] * grad_u[..., None, :]).to(x.dtype)

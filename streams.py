@@ -33,7 +33,7 @@ class Streams(NamedTuple):
     x            (B, T, n, C)
     mean_square  (B, T) in float32: the mean square of all numbers of a token that coefficients see.
                  It travels with x because the pass that writes x computes it on the way. None where
-                 no pass did, as at the start: a dynamic sublayer then computes it.
+                 it is not known, as at the start: a dynamic sublayer then computes it.
     input        (B, T, C): u, which the next branch reads. None unless sublayers read ahead (`sees`
                  of HyperConnection).
     """
@@ -285,9 +285,9 @@ class HyperConnection(Coefficients):
                 "the streams have no input, which a connection with sees='input' needs: begin with "
                 "start_streams(..., sees='input')"
             )
-        # The branch comes first. With the coefficients in between, the compiler keeps the branch's
-        # norm of u in float32 for the backward, although it could compute the norm again from u.
-        # And v becomes float32 here, not in the pass that uses it: else v too is kept in float32.
+        # The branch comes first. If the coefficients did, the compiler would keep the branch's norm
+        # of u in float32 for the backward, although it could compute the norm again from u. And v
+        # becomes float32 here: if the pass that uses v did it, v too would be kept in float32.
         v = at_least_float32(output(branch, streams.input))
         by = self.ahead_by_tensors if self.stacked else self.ahead_by_planes
         return by(streams, v, *self.coefficients(streams))
@@ -374,7 +374,7 @@ def tensors_of_planes(read, write, mix):
 
 
 def tensors_of_stacks(read, write, mix):
-    """As `tensors_of_planes`, from tensors (k, B, T). Joined first, they are copied at once."""
+    """As `tensors_of_planes`, from tensors (k, B, T). They are joined first: one copy for all."""
     planes = torch.cat([read, write, mix] if len(mix) else [read, write])
     return a_w_M(tokens_first(planes), len(read))
 
