@@ -277,14 +277,14 @@ def compare(point, reference):
 
 
 def table_csv(results, references):
-    """A line for every point of the grid. Beside what table_markdown shows:
+    """A line for every point of the grid. Beside what table_markdown shows, X any of `references`:
 
     best                whether table_markdown shows the point
     loss_std, norm      the losses' deviation over seeds; the largest gradient norm of any run
     best_loss           the lowest validation loss of a run, its mean over seeds
-    minus_X, minus_X_half, minus_X_pairs    the mean difference from arm X, half of its 95 %
+    minus_X, minus_X_half, minus_X_pairs    the mean difference from X, half of its 95 %
                         interval, and how many pairs of seeds it has
-    equal_time_X, equal_time_X_half, speed_up_X     as in the table, against any arm X
+    equal_time_X, equal_time_X_half, speed_up_X     as in the table, against X
     steps, tokens       the most of any run
     """
     points = gather(results)

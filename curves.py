@@ -17,9 +17,9 @@ import comparison
 from data import as_number
 from runtime import RunError
 
-# Knobs that the name of an arm leaves out: the mixer, since the name begins with it, and those that
-# say where a run's files are, how fast it is, how often and where it reports, but not what it
-# computes.
+# Knobs that the name of an arm leaves out: the mixer, with which the name begins; the seed, in
+# which the runs of an arm differ; and those that say where a run's files are, how fast it is, how
+# often and where it reports, but not what it computes.
 NOT_NAMED = {
     *("mixer", "seed", "provenance", "out_dir", "data_dir", "init_from"),
     *("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints"),
@@ -50,8 +50,8 @@ def read_results(folders):
     """Every run in and under `folders` -> a list of results, each with the `folder` of its run.
 
     A run is a folder with config.json and metrics.jsonl, finished or not, or a file that study.py
-    keeps of one (no folder: None). A cell that was run again counts once. Raises RunError where
-    there is none.
+    keeps of one (with None for `folder`). A cell that was run again counts once. Raises RunError
+    where there is none.
     """
     found = []
     for folder in folders:

@@ -194,8 +194,8 @@ def knobs_of(*arguments):
 
 
 def check_knobs(cell, processes):
-    """-> the knobs of a cell's run. RunError or ValueError for knobs that train.py refuses, or that
-    do not fit each other."""
+    """-> the knobs of a cell's run. RunError or ValueError for a knob of a wrong name or type, a
+    model that cannot be, or a step whose sizes do not fit."""
     config = knobs_of(*cell.arguments)
     if config["init_from"] != "scratch":  # of a config file
         raise RunError(f"init_from = {config['init_from']!r}: runs of a study start from scratch")

@@ -194,7 +194,8 @@ def name_ends(axes, ends, height):
 
 
 def apart(wanted, gap):
-    """Places from 0 to 1 near the wanted ones, in the same order, each `gap` or more from the next.
+    """Places near the wanted ones, in the same order, each `gap` or more from the next. They lie
+    between 0 and 1, or higher where there are too many.
 
     Names that would touch form a group, whose middle is the mean of the places wanted in it.
     """
@@ -234,7 +235,7 @@ def write_at(axes, text, x, y, ink, offset, side):
 
 
 def set_gain_scale(axes, gains):
-    """Logarithmic where gains grow; else 0 to 2, so that rounding does not look like growth."""
+    """Logarithmic where gains grow or shrink; else 0 to 2, where rounding does not show."""
     finite = [gain for gain in gains if math.isfinite(gain)]
     if max(finite, default=1) > 2 or min(finite, default=1) < 0.5:
         set_log_scale(axes, finite)
@@ -243,7 +244,7 @@ def set_gain_scale(axes, gains):
 
 
 def set_log_scale(axes, numbers):
-    """With ticks in plain figures; also between the powers of 10, where numbers are that close."""
+    """With ticks in plain figures; also between the powers of 10, where the numbers are close."""
     from matplotlib.ticker import LogLocator
 
     axes.set_yscale("log")
@@ -320,7 +321,7 @@ def gain_figure(forward, backward):
 
 
 def study_figure(arms, panels):
-    """Differences of the last loss. arms: the rows, [(label, mixer, note)]. panels: one for each
+    """Differences of the last loss. arms: a line each, [(label, mixer, note)]. panels: one for each
     reference, {reference: {label: row}}. A dot is filled where the interval does not hold 0."""
     figure = new_figure(0.23 * len(arms) + 1.0)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -61,7 +61,7 @@ from runtime import RunError, StopSignal, run_script
 
 
 def state(cell):
-    """How far a cell is, in words. Raises RunError for a run with other knobs."""
+    """How far a cell is, in words. Raises RunError for a result with other knobs."""
     if result := result_of(cell):
         return "diverged" if result["diverged"] else f"loss {result['final_loss']:.4f}"
     step = comparison.last_step(cell.folder)
@@ -264,7 +264,7 @@ def say(text):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-MOST_NAMES = 20  # that a refusal lists; of more it shows those that are like the wrong one
+MOST_NAMES = 20  # the most that a refusal lists; of more it shows those like the wrong one
 SWEEP_HELP = "values with commas between; may be repeated; of a study, those of its values to run"
 
 
@@ -281,7 +281,7 @@ def parse_command_line():
     add("--seeds", help="5: seeds 1 to 5; 2,3: these; 2,: 2 alone (default: the study's, else 5)")
     add("--sweep", action="append", default=[], metavar="KNOB=VALUES", help=SWEEP_HELP)
     add("--name", help="of the study's folders in out/studies and results (default: the file's)")
-    add("--jobs", type=int, default=1, help="runs at a time, on the next GPUs each")
+    add("--jobs", type=int, default=1, help="runs at a time; each takes the next GPUs")
     add("--threads", type=int, default=1, help="CPU threads of a process (OMP_NUM_THREADS)")
     add("--processes", type=int, default=1, help="processes of a run; above 1 under torchrun")
     add("--list", action="store_true", help="show the cells and their state; run nothing")
