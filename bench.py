@@ -152,7 +152,7 @@ def residual_of(case):
 
 
 def check_knobs():
-    """ValueError for what nothing can be measured with."""
+    """ValueError for knobs with which nothing can be measured."""
     on_cpu = runtime.pick_device(device).type == "cpu"
     if clock not in CLOCKS or clock == "processor" and not on_cpu:
         raise ValueError(f"clock must be wall, or processor (with --device=cpu), not {clock!r}")
@@ -205,8 +205,8 @@ def defined_for(n, names):
 def make_groups():
     """Lists of cases that take turns, one for each number of streams and each budget.
 
-    Each begins with the yardsticks. ValueError where there is nothing else to measure, or a knob
-    has a value that GPTConfig refuses.
+    Each begins with the yardsticks. ValueError where none of the mixers is defined, or a knob has
+    a value that is refused.
     """
     names = chosen_mixers()
     levels = numbers("budgets", activation_memory_budget, float, "1.0,0.5,0.0")

@@ -149,7 +149,7 @@ def matrices(old, new, idx):
 
 
 def sequences(block_size, tokenizer, n_vocab, data, tokens):
-    """-> idx (B, T), on which the models are compared, and targets; None for random tokens.
+    """-> idx (B, T), on which the models are compared, and targets (None with random tokens).
 
     tokens              how many there should be; it is at least one sequence
     data                the folder of a data set: from its validation split. None: random tokens
@@ -172,7 +172,7 @@ def sequences(block_size, tokenizer, n_vocab, data, tokens):
 @torch.no_grad()
 def drop_misleading_rows(old, new, idx):
     """Set the mix's rows of phi to 0 in each sublayer whose M is nearer to the old one without
-    them, on average over the tokens of idx. -> the names of these sublayers."""
+    them, on average over the first tokens of idx. -> the names of these sublayers."""
     some = idx[: max(1, AT_ONCE // idx.shape[1])]
     mapped = mean_differences(old, new, some)
     rows = {name: rows_of_mix(new.get_submodule(name)) for name in mapped}  # views of phi

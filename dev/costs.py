@@ -63,8 +63,8 @@ def in_fresh_process(work, *arguments):
 def measure_afresh(probe, case, cache, twice):
     """What probe(case, cache) finds in a fresh process.
 
-    twice: then in another one, which finds in the folder `cache` what the first has compiled. From
-    this one are compile_warm_s and peak_memory_bytes.
+    twice: then in another one, which finds in the folder `cache` what the first has compiled. The
+    second one gives compile_warm_s and peak_memory_bytes.
     """
     found = in_fresh_process(probe, case, cache)
     if twice:
@@ -75,7 +75,7 @@ def measure_afresh(probe, case, cache, twice):
 
 
 def compiling(loss, wait):
-    """What the first forward and backward of a compiled model costs.
+    """What the first forward and backward of a compiled model cost.
 
     loss: () -> the loss. wait: returns when the device has done all that was queued.
     """

@@ -42,7 +42,7 @@ n_embd = 768
 n_head = 12
 block_size = 1024
 vocab_size = 50304
-dtype = "float32"  # of the models with a cache, or bfloat16
+dtype = "float32"  # of the models with a cache: float32 or bfloat16
 compile = True  # the step of a token
 config = configure(globals())
 

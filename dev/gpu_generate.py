@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 folder = "out-gpu"  # everything is written here
 mixers = "residual,identity,hc,tbp"  # names of mixers.MIXERS; ratios are to the first
 n_streams = 4
-batches = "1,16"  # how many sequences at a time; a row of the table for each number
+batches = "1,16"  # how many sequences at a time; rows of the table for each number
 prompt_tokens = 32
 new_tokens = 256
 rounds = 5

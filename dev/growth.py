@@ -86,8 +86,8 @@ def growth_figure(rows):
 
 
 def draw_panel(axes, rows, field):
-    """A line for each mixer, for what its coefficients see, and for whether it was compiled: thin
-    where it was not, and others were."""
+    """A line for each mixer, for what its coefficients see, and for whether it was compiled. An
+    eager line is thin where others are of compiled models."""
     curves, ends, numbers = {}, [], []
     if field == "connection_params":  # the same, compiled or not
         rows = {(row["mixer"], row["sees"], row["n"]): row | {"compiled": True} for row in rows}
