@@ -81,10 +81,10 @@ def main():
 
 
 def look_at_run():
-    path = Path(find_checkpoint(out_dir, checkpoint))
+    path = find_checkpoint(out_dir, checkpoint)
     found = analysis(path, pick_device(device))
     print(table(found))
-    folder = Path(out or path.parent)
+    folder = Path(out or path.parent).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "analysis.json", found)
     print(f"written: {folder / 'analysis.json'}")
@@ -256,13 +256,13 @@ def compare_runs():
         raise ValueError(f"figure must be all or one of {', '.join(FIGURES)}, not {figure!r}")
     folders = []
     for pattern in runs.split(","):
-        found = sorted(glob.glob(pattern))
+        found = sorted(glob.glob(os.path.expanduser(pattern)))
         if not found:
             raise RunError(
                 f"--runs={pattern}: there is no such folder; a pattern is --runs='out/laptop-*'"
             )
         folders += map(Path, found)
-    target = Path(out or os.path.commonpath(folders))
+    target = Path(out or os.path.commonpath(folders)).expanduser()
     target.mkdir(parents=True, exist_ok=True)
     points = curves.points_of(curves.read_results(folders))
     for line in curves.differing_knobs(points):
@@ -287,6 +287,8 @@ def draw_loss(points, target):
         raise NothingToDraw("no run has a loss that is finite")
     arms = {point.arm for point in points}
     name = next((name for name in references.split(",") if name in arms), None)
+    if not name:
+        print(f"loss.png has no differences: no run is of --references={references}")
     differences = curves.differences(points, name) if name else []
     plots.save(
         target / "loss.png",
@@ -341,6 +343,9 @@ def draw_gain(points, target):
         if run["folder"] and checkpoints.checkpoints(run["folder"])
     ]
     if with_checkpoint:
+        asked = sum(len(point.runs) for point in points)
+        if asked > len(with_checkpoint):
+            print(f"{asked - len(with_checkpoint)} of {asked} runs have no checkpoint for gain.png")
         kept = gains_of_runs(with_checkpoint)
         write_json(path, {"provenance": provenance(), "runs": kept})
     elif path.exists():

@@ -91,6 +91,7 @@ both_deterministic = False  # cuda: rows without such algorithms too, which tell
 activation_memory_budget = 1.0  # of the mixers, see train.py; plain and residual keep everything
 budgets = ""  # instead of that budget several, such as 1.0,0.5,0.0: rows for each
 config = configure(globals(), config_of="train.py", extra=OPTIONS)
+out = os.path.expanduser(out)  # a shell leaves the ~ of --out=~/bench.json
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PLAIN, RESIDUAL = "plain", "residual"  # the yardsticks, with one stream
@@ -369,9 +370,7 @@ def speed(case, seconds, row):
     ratios = [theirs / ours for theirs, ours in zip(seconds[residual], own)]
     to_plain = [theirs / ours for theirs, ours in zip(seconds[plain], own)]
     where = runtime.pick_device(device)
-    peak = runtime.peak_flops(where)
-    if runtime.pick_dtype(dtype, where) != torch.bfloat16:
-        peak = 0.0  # the data sheet's figure is of bfloat16
+    peak = runtime.peak_flops(where, runtime.pick_dtype(dtype, where))
     return {
         "step_ms": step * 1e3,
         "step_ms_min": min(own) * 1e3,

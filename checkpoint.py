@@ -12,6 +12,7 @@ It is loaded with weights_only=True: a file from a stranger can be wrong, but it
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -338,7 +339,7 @@ def resume_arguments(argv, out_dir, known):
     Raises SystemExit for a config.json that is damaged, or has a knob that is not known.
     """
     named = dict(item[2:].split("=", 1) for item in argv if item.startswith("--") and "=" in item)
-    path = Path(named.get("out_dir", out_dir)) / "config.json"
+    path = Path(named.get("out_dir", out_dir)).expanduser() / "config.json"
     has_file = any(not item.startswith("-") for item in argv)
     if named.get("init_from") != "resume" or has_file or not path.exists():
         return argv
@@ -380,7 +381,8 @@ def resume(path, config, model, optimizer, progress, meta):
     if changed:
         print0("changed since the checkpoint: " + ", ".join(changed))
     if state["config"]["eval_tokens"] != config["eval_tokens"]:
-        progress.evaluated = None  # the old evaluation read other tokens
+        # The old evaluations read other tokens.
+        progress.evaluated, progress.best_val = None, math.inf
 
 
 def check_same_run(path, state, config, model_config_now, meta):

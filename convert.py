@@ -18,6 +18,7 @@ remix.py says what becomes of the parameters of one mixer in another.
 
 import argparse
 import math
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -48,6 +49,8 @@ OF_CHARACTERS = (
 
 def main():
     arguments = parse()
+    if arguments.command != "export":
+        check_new(arguments.out_dir)
     if arguments.command == "import":
         import_weights(arguments.source, arguments.out_dir, arguments.tokenizer)
     elif arguments.command == "export":
@@ -64,7 +67,7 @@ def parse():
 
     command = commands.add_parser("import", help="weights of others -> a checkpoint of ours")
     command.add_argument("source", help=f"{', '.join(pretrained.HUB)}, a folder or a file")
-    command.add_argument("out_dir", help="folder for the checkpoint")
+    command.add_argument("out_dir", type=os.path.expanduser, help="folder for the checkpoint")
     command.add_argument("--tokenizer", help="if nothing tells it: gpt2, bytes, …, or a folder")
 
     command = commands.add_parser("export", help="a checkpoint of ours -> safetensors and config")
@@ -73,7 +76,7 @@ def parse():
 
     command = commands.add_parser("mixer", help="a checkpoint of ours -> one with another mixer")
     command.add_argument("source", help="a run's folder or a checkpoint")
-    command.add_argument("out_dir", help="folder for the new checkpoint")
+    command.add_argument("out_dir", type=os.path.expanduser, help="folder for the new checkpoint")
     command.add_argument("--mixer", required=True, help="the other mixer")
     command.add_argument("--n_streams", type=int, help="how many, if the source has one stream")
     command.add_argument("--data", help="folder of a data set to compare the models on")
@@ -92,15 +95,19 @@ def parse():
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
+def check_new(out_dir):
+    """Raises RunError for a folder that has a run already."""
+    if there := checkpoint.checkpoints(out_dir):
+        raise RunError(f"{out_dir} holds a run already ({there[-1].name}); name a new folder")
+
+
 def save(out_dir, model, about):
     """Write the model as a checkpoint and say so. about: other keys of the checkpoint.
 
     Raises RunError for a folder that has a run already.
     """
-    out_dir = Path(out_dir).expanduser()
     _lock = checkpoint.lock(out_dir)
-    if there := checkpoint.checkpoints(out_dir):
-        raise RunError(f"{out_dir} holds a run already ({there[-1].name}); name a new folder")
+    check_new(out_dir)  # another process may have been faster
     state = {"config": {}, "shards": None} | vars(Progress())
     state |= about | {
         "model": model.state_dict(),

@@ -103,8 +103,7 @@ def arm_of_folder(folder, knobs):
     if folder.name != f"seed{knobs['seed']}":
         return None, {}
     axes, folder = {}, folder.parent
-    while "=" in folder.name:
-        knob = folder.name.partition("=")[0]
+    while (knob := folder.name.partition("=")[0]) in knobs:
         axes = {knob: knobs[knob], **axes}
         folder = folder.parent
     return folder.name, axes

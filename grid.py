@@ -24,14 +24,13 @@ import io
 import itertools
 import json
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+import recipe
 from batches import sequences_per_step
-from configurator import at_least, read_source, resolve, run_file
-from mixers import OPTIONS, options_of
-from model import GPTConfig
+from configurator import read_source, resolve, run_file
+from mixers import OPTIONS
 from runtime import RunError
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -49,7 +48,7 @@ DEFAULTS = {"knobs": {}, "sweep": {}, "references": ["residual", "identity"]}
 # Knobs in which a run may differ from its cell: where files are, and init_from, which is auto
 IGNORED = ("out_dir", "init_from", "data_dir")
 # Knobs that each cell sets itself; a study that sets one is refused
-OF_THE_CELL = ("seed", "out_dir", "init_from")
+OF_THE_CELL = ("seed", "out_dir", "init_from", "eval_only")
 
 
 class Study(NamedTuple):
@@ -195,14 +194,13 @@ def knobs_of(*arguments):
 
 def check_knobs(cell, processes):
     """-> the knobs of a cell's run. RunError or ValueError for a knob of a wrong name or type, a
-    model that cannot be, or a step whose sizes do not fit."""
+    value that train.py refuses, a model that cannot be, or a step whose sizes do not fit."""
     config = knobs_of(*cell.arguments)
     if config["init_from"] != "scratch":  # of a config file
         raise RunError(f"init_from = {config['init_from']!r}: runs of a study start from scratch")
-    knobs = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
-    GPTConfig(options=options_of(config["mixer"], config), **knobs)
+    recipe.check(config)
+    recipe.gpt_config(config)
     sizes = ("total_batch_tokens", "batch_size", "block_size")
-    at_least(config, 1, *sizes)
     sequences_per_step(*(config[name] for name in sizes), processes)
     return config
 

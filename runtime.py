@@ -112,9 +112,10 @@ def pick_autocast(dtype, device):
     return torch.autocast(device.type, dtype)
 
 
-def peak_flops(device):
-    """Dense bfloat16 flops per second that the data sheet of this device promises; 0 if unknown."""
-    if device.type != "cuda":
+def peak_flops(device, dtype):
+    """Dense flops per second that the data sheet of this device promises; 0 if unknown, as for
+    another dtype of activations than bfloat16 and float16."""
+    if device.type != "cuda" or dtype == torch.float32:
         return 0.0
     own_name = torch.cuda.get_device_name(device)
     return next((flops for name, flops in PEAK_FLOPS.items() if name in own_name), 0.0)

@@ -70,6 +70,8 @@ def check_knobs():
         raise ValueError("--stream shows the samples of one prompt; it does not go with --prompts")
     if out and not prompts:
         raise ValueError("--out is for the samples of a file of prompts: name one with --prompts")
+    if out and os.path.exists(os.path.expanduser(out)):
+        raise ValueError(f"--out: {out} is there already; remove it, or name another")
 
 
 def read_rows():
@@ -233,8 +235,6 @@ def open_out():
     try:
         # backslashreplace writes half a surrogate pair, in any field, as JSON's escape for it.
         return open(os.path.expanduser(out), "x", encoding="utf-8", errors="backslashreplace")
-    except FileExistsError as error:
-        raise ValueError(f"--out: {out} is there already; remove it, or name another") from error
     except OSError as error:
         raise ValueError(f"--out: {out} could not be written ({error.strerror})") from error
 

@@ -288,8 +288,9 @@ def parse_command_line():
     add("--dry_run", action="store_true", help="show the commands; run nothing")
     add("--table", action="store_true", help="write the table; run nothing")
     add("--cell", help="the name of a finished cell: run it again, elsewhere; compare the losses")
-    add("--results", default="results", help="folder for results and tables")
-    add("--out", default="out/studies", help="folder for checkpoints and logs")
+    path = os.path.expanduser  # a shell leaves the ~ of --out=~/studies
+    add("--results", type=path, default="results", help="folder for results and tables")
+    add("--out", type=path, default="out/studies", help="folder for checkpoints and logs")
     options, rest = parser.parse_known_args()
     for name in ("jobs", "threads", "processes"):
         if getattr(options, name) < 1:

@@ -26,7 +26,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read when CUDA starts
@@ -37,13 +37,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import compiler
+import recipe
 import runtime
 import warm_start
 from batches import evaluate, micro_batches, open_splits, sequences_per_step, to_device
-from configurator import at_least, configure, resolve
+from configurator import configure, resolve
 from data import verify, write_json
-from mixers import OPTIONS, options_of
-from model import GPT, GPTConfig
+from mixers import OPTIONS
+from model import GPT
 from progress import Clock, Metrics, Progress, Tally, log_line, metrics_line
 from runtime import RunError, on_all_ranks, on_rank_0, print0
 from tokenizer import tokenizer_name
@@ -114,38 +115,20 @@ hang_minutes = 10.0  # several processes: the run ends when the others wait so l
 arguments = checkpoint.resume_arguments(sys.argv[1:], out_dir, {*globals(), *OPTIONS})
 config = configure(globals(), arguments, extra=OPTIONS)
 # The model's knobs that the user did not name are those of the weights in init_from.
-if of_weights := warm_start.knobs(init_from, out_dir):
+if of_weights := warm_start.knobs(init_from, os.path.expanduser(out_dir)):
     config = resolve(Path(__file__), [*of_weights, *arguments], extra=OPTIONS)
-    globals().update(config)
+config["out_dir"] = os.path.expanduser(config["out_dir"])  # a shell leaves the ~ of --out_dir=~/x
+globals().update(config)
 
 
 # ---- before the first step -----------------------------------------------------------------------
 
 
 def check_knobs():
-    """Raises ValueError for knobs that no run can have."""
-    at_least(config, 1, "batch_size", "block_size", "total_batch_tokens", "max_bad_steps")
-    at_least(config, 1, "eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints")
-    at_least(config, 0, "grad_clip", "weight_decay", "connection_lr", "max_iters", "warmup_iters")
-    at_least(config, 0, "seed", "min_lr")
-    if not min_lr <= learning_rate < math.inf:
-        raise ValueError(
-            f"learning_rate = {learning_rate} falls to min_lr = {min_lr}, so it must be the higher "
-            "of the two, and finite; name both, such as --learning_rate=3e-5 --min_lr=3e-6"
-        )
-    for name in ("beta1", "beta2"):
-        if not 0 <= config[name] < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, not {config[name]}")
-    if not 0 < hang_minutes < 1e6:
-        raise ValueError(f"hang_minutes must be above 0 and below a million, not {hang_minutes}")
+    """Raises ValueError for knobs that no run can have, or not here."""
+    recipe.check(config)
     warm_start.check_source(init_from, out_dir)
     check_packages(config)
-    if not out_dir:
-        raise ValueError("out_dir is empty; give the run a folder, such as --out_dir=out/tbp")
-    if not 0 <= activation_memory_budget <= 1:
-        raise ValueError(
-            f"activation_memory_budget must lie between 0 and 1, not {activation_memory_budget}"
-        )
 
 
 def open_folder(group):
@@ -163,9 +146,8 @@ def open_folder(group):
 def build_model(vocab_size):
     """The model at its start, the same on every rank."""
     torch.manual_seed(seed)
-    knobs = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
     padded = math.ceil(vocab_size / 64) * 64
-    return GPT(GPTConfig(vocab_size=padded, options=options_of(mixer, config), **knobs))
+    return GPT(recipe.gpt_config(config, vocab_size=padded))
 
 
 def compile_model(model, val_blocks, machine):
@@ -225,7 +207,8 @@ class Run:
         self.tally = Tally(progress.tally, machine.device)
         self.clock = Clock(progress.step)  # restarts at log lines, evaluations and checkpoints
         self.whole_run = Clock(progress.step)  # of everything after the first step, which compiles
-        peak = (peak_flops or runtime.peak_flops(machine.device)) * runtime.ranks()[2]
+        peak = peak_flops or runtime.peak_flops(machine.device, machine.dtype)
+        peak *= runtime.ranks()[2]
         flops_per_step = model.flops_per_token() * total_batch_tokens
         self.ideal_ms = flops_per_step / peak * 1e3 if peak else 0.0
 

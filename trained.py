@@ -71,10 +71,12 @@ def open_gpt2(source, device):
 
 
 def find_checkpoint(out_dir, checkpoint):
-    """checkpoint: latest, best, or a path -> the path. Raises RunError where there is none; where
-    there is no best.pt, `load` does."""
+    """checkpoint: latest, best, or a path -> the path. Raises RunError where there is none."""
     if checkpoint == "best":
-        return Path(out_dir).expanduser() / "best.pt"
+        best = Path(out_dir).expanduser() / "best.pt"
+        if not best.exists():
+            raise runtime.RunError(f"{out_dir} has no best.pt yet; take --checkpoint=latest")
+        return best
     if checkpoint != "latest" and not Path(checkpoint).expanduser().exists():
         raise runtime.RunError(
             f"checkpoint must be latest, best or a path, and there is no file {checkpoint!r}"
@@ -97,6 +99,8 @@ def load_model(path, **changed):
 
 def activation_dtype(name, model, device):
     """The dtype that the knob `dtype` means for this model. Raises ValueError."""
+    if name == "float16":
+        raise ValueError("dtype must be auto, float32 or bfloat16 here, not 'float16'")
     streams = model.config.stream_dtype
     if streams == "bfloat16" and name == "auto":
         return torch.bfloat16

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dev.table import shown
 from plots import DASHES, TITLE, colour, name_ends, new_figure, save, set_log_scale
-from runtime import RunError
+from runtime import RunError, run_script
 
 FIELDS = {  # field: its panel's title, and what its values are divided by
     "connection_params": ("Parameters of one connection, millions", 1e6),
@@ -34,12 +34,9 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    try:
-        rows = read_rows(folder)
-        write_tables(folder, rows)
-        save(folder / "growth.png", growth_figure, rows)
-    except RunError as error:
-        sys.exit(str(error))
+    rows = read_rows(folder)
+    write_tables(folder, rows)
+    save(folder / "growth.png", growth_figure, rows)
     print(f"wrote table.csv, table.md and growth.png to {folder}")
 
 
@@ -116,4 +113,4 @@ def draw_panel(axes, rows, field):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ n-cycle is needed, a permutation that visits every stream.
 
 import argparse
 import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from mixers import (
     n_logits,
     start_logits,
 )
-from runtime import provenance
+from runtime import provenance, run_script
 
 SOFT = 0.01  # how far a target is moved towards the uniform matrix
 RATES = (0.03, 0.1, 0.3)
@@ -264,7 +265,8 @@ def main():
     parser.add_argument("--streams", default="3,4,8", help="n, with commas")
     parser.add_argument("--targets", type=int, default=250, help="random matrices of a kind")
     parser.add_argument("--steps", type=int, default=500, help="of Adam")
-    parser.add_argument("--out", default="out/reach", help="folder of reach.json and reach.png")
+    path = os.path.expanduser  # a shell leaves the ~ of --out=~/reach
+    parser.add_argument("--out", type=path, default="out/reach", help="folder for what is written")
     options = parser.parse_args()
     wanted = options.mixers.split(",") if options.mixers else list(MIXERS)
 
@@ -291,4 +293,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

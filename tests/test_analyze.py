@@ -276,6 +276,12 @@ def test_a_run_that_was_given_up_has_diverged(tmp_path):
     assert result["diverged"] and result["final_loss"] is None
 
 
+def test_a_folder_with_an_equals_sign_is_not_a_study_s(tmp_path):
+    folder = write_run(tmp_path / "lr=1e-3" / "seed1", [5.0, 3.0], seed=1)
+    (result,) = curves.read_results([folder])
+    assert result["axes"] == {}
+
+
 def test_arms_are_named_by_what_differs(tmp_path):
     folders = [
         write_run(tmp_path / "a", [5.0, 3.0], mixer="hc"),
@@ -597,6 +603,8 @@ def test_many_runs(trained, tmp_path):
         shutil.copytree(folder, bare / folder.name, ignore=shutil.ignore_patterns("*.pt"))
     run("analyze.py", f"--runs={bare}", "--figure=gain", out)
     assert (tmp_path / "gain.png").read_bytes() == first
+    output = run("analyze.py", f"--runs={trained}/tbp,{bare}/residual", "--figure=gain", out)
+    assert "1 of 2 runs have no checkpoint for gain.png" in output
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -609,6 +617,7 @@ def test_what_is_missing_is_said(tmp_path):
         in output
     )
     assert "no gain.png: no checkpoint in the runs" in output
+    assert "loss.png has no differences: no run is of --references=residual,identity" in output
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
         "loss.png",
         "training.png",

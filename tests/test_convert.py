@@ -243,8 +243,11 @@ def test_nothing_is_written_over(command, tmp_path):
     command("export", tmp_path / "out", tmp_path / "exported")
     with pytest.raises(RuntimeError, match="holds a model already"):
         command("export", tmp_path / "out", tmp_path / "exported")
+    for source in (tmp_path / "exported", "gpt2", tmp_path / "none"):  # said before it is read
+        with pytest.raises(RuntimeError, match="holds a run already"):
+            command("import", source, tmp_path / "out")
     with pytest.raises(RuntimeError, match="holds a run already"):
-        command("import", tmp_path / "exported", tmp_path / "out")
+        command("mixer", tmp_path / "none", tmp_path / "out", "--mixer=tbp")
 
 
 # ---- from mixer to mixer -------------------------------------------------------------------------

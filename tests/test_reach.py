@@ -118,3 +118,6 @@ def test_one_command_writes_numbers_and_a_figure(tmp_path):
     assert (1 - SOFT) * math.sqrt(2) <= low <= middle <= high
     assert found["kronecker"]["n-cycle"]["inverse"] == [None] * 3
     assert (tmp_path / "reach.png").stat().st_size > 1000
+    wrong = [*command[:3], "--mixers=tpb", "--targets=2"]
+    said = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True).stderr
+    assert said.startswith("ValueError: unknown mixer 'tpb'") and "Traceback" not in said

@@ -65,13 +65,14 @@ def test_dtypes():
 )
 def test_peak_flops_by_the_name_of_the_gpu(name, flops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert runtime.peak_flops(torch.device("cuda:0")) == flops
+    assert runtime.peak_flops(torch.device("cuda:0"), torch.bfloat16) == flops
+    assert runtime.peak_flops(torch.device("cuda:0"), torch.float32) == 0  # of another data sheet
 
 
 @pytest.mark.quick
 def test_a_cpu_promises_no_flops_and_has_a_peak_of_memory():
     """A block as large as the peak so far, which a test before may have set, moves it."""
-    assert runtime.peak_flops(CPU) == 0
+    assert runtime.peak_flops(CPU, torch.bfloat16) == 0
     before = runtime.peak_memory(CPU)
     block = torch.ones(before, dtype=torch.uint8)
     assert before + 25e6 < runtime.peak_memory(CPU) < 2 * before + 1e9

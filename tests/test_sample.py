@@ -160,6 +160,10 @@ def test_a_model_with_bfloat16_streams(tmp_path):
     "arguments, says",
     [
         ("--out_dir=nowhere", "nowhere has no whole checkpoint"),
+        (
+            "--out_dir=DIR/empty --checkpoint=best",
+            "empty has no best.pt yet; take --checkpoint=latest",
+        ),
         ("--checkpoint=no.pt", "must be latest, best or a path, and there is no file 'no.pt'"),
         ("--checkpoint=DIR/notes.txt", "not a whole checkpoint"),
         ("--temperature=-1", "temperature must be at least 0 and finite, not -1.0"),
@@ -169,6 +173,8 @@ def test_a_model_with_bfloat16_streams(tmp_path):
         ("--start=FILE:DIR", ": could not be read (Is a directory)"),
         ("--start=FILE:DIR/latin1.txt", "byte 0xe9 at position 3 is no UTF-8"),
         ("--start=a --prompts=b", "both --start and --prompts"),
+        ("--dtype=float16", "dtype must be auto, float32 or bfloat16 here, not 'float16'"),
+        ("--prompts=none.txt --out=DIR/notes.txt", "notes.txt is there already"),
         ("--prompts=b --stream=True", "does not go with --prompts"),
         ("--out=b", "name one with --prompts"),
         ("--prompts=DIR/notes.jsonl", "notes.jsonl, line 2: no JSON"),

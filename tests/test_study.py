@@ -183,15 +183,15 @@ def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
 
 @pytest.mark.usefixtures("forked_runs")
 def test_divergence_is_a_result_and_a_failure_is_not(call, tiny_study, tmp_path):
-    """A rate of 1e38 makes the second step's loss infinite; train.py refuses eval_interval=0."""
+    """A rate of 1e38 makes the second step's loss infinite. A run alone refuses eval_tokens=1."""
     path = tiny_study(
         'arms = {"wild": {"mixer": "residual", "n_streams": 1, "learning_rate": 1e38, '
-        '"max_bad_steps": 2}, "wrong": {"eval_interval": 0}}\nseeds = 1\n'
+        '"max_bad_steps": 2}, "wrong": {"eval_tokens": 1}}\nseeds = 1\n'
     )
     output = call(path, "--jobs=2", ok=False)
     assert "wild/seed1: diverged, at step" in output
     assert "wrong/seed1: failed; out/studies/tiny/wrong/seed1/log.txt ends with" in output
-    assert "eval_interval must be at least 1, not 0" in output
+    assert "choose --eval_tokens of at least" in output
     assert "1 runs failed, as said above: wrong/seed1" in output
     kept = json.loads((tmp_path / "results/tiny/wild/seed1.json").read_text())
     assert kept["diverged"] and kept["final_loss"] is None and kept["best_loss"] > 0
@@ -403,6 +403,9 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
         ),
         ("arms['tbp'] = {'n_head': 3}", ["--dry_run"], "tbp/seed1: n_embd 16 is not divisible"),
         ("arms['tbp'] = {'batch_size': 0}", [], "tbp/seed1: batch_size must be at least 1"),
+        ("arms['tbp'] = {'eval_interval': 0}", [], "tbp/seed1: eval_interval must be at least 1"),
+        ("", ["--learning_rate=1e-9", "--min_lr=1"], "learning_rate = 1e-09 falls to min_lr = 1.0"),
+        ("", ["--eval_only=True"], "eval_only: a study gives each run its own"),
         ("arms['tbp'] = {'batch_size': 3}", [], "tbp/seed1: total_batch_tokens = 128 is no"),
         ("references = ['tbp']", [], "tiny.py: references: tbp is no arm; the arms are residual"),
         ("files = ['laptop.py']", [], "laptop.py: no such file; there are: "),
