@@ -257,3 +257,52 @@ def test_a_run_that_was_given_up_or_ends_without_a_finite_loss_diverged(gave_up,
     lines = [*LINES[:-1], {"step": 4, "val": last, "gain": None}]
     kept = comparison.summary(lines, total_batch_tokens=128, gave_up=gave_up)
     assert kept["diverged"] and kept["final_loss"] is None and kept["best_loss"] == 5.0
+
+
+def test_the_columns_of_the_csv_that_gather_many_runs():
+    """Three runs, of which one diverged and was cut short, against a reference that is as fast."""
+    residual = [result("residual", seed, [6, 5, 4.0], ms=20.0) for seed in (1, 2, 3)]
+    tbp = [
+        result("tbp", 1, [6, 5, 3.0], ms=10.0),
+        result("tbp", 2, [6, 5, 3.5], ms=20.0),
+        result("tbp", 3, [6, 5, 5], ms=90.0, diverged=True),
+    ]
+    tbp[0]["evaluations"][1] |= {"gain": 2.0, "norm_max": 7.0}
+    tbp[2] |= {"steps": 100, "tokens": 1000}
+    row = rows_of(residual + tbp)[1]
+    assert (row["steps"], row["tokens"], row["gain"], row["norm"]) == ("200", "2000", "2.0", "7.0")
+    assert float(row["ms_per_step"]) == 20.0  # the median of all three
+    assert float(row["loss_std"]) == pytest.approx(0.5 / math.sqrt(2))
+    assert float(row["best_loss"]) == pytest.approx(3.25)
+
+
+def test_the_interval_at_equal_time_is_of_the_losses_at_that_time():
+    """The arm takes twice as long for a step: its losses at step 100 count."""
+    residual = [result("residual", seed, [6, 5, 4.0]) for seed in (1, 2)]
+    tbp = [result("tbp", 1, [6, 5.0, 4.0], ms=20.0), result("tbp", 2, [6, 5.2, 4.0], ms=20.0)]
+    row = rows_of(residual + tbp)[1]
+    assert float(row["equal_time_residual"]) == pytest.approx(1.1)
+    half = 12.7062 * 0.1  # t of 1 degree of freedom, and the standard error
+    assert float(row["equal_time_residual_half"]) == pytest.approx(half, abs=1e-4)
+    assert float(row["minus_residual_half"]) == 0
+
+
+def test_the_speed_up_is_of_the_paired_seeds_at_the_steps_that_all_have():
+    """Seed 3 of residual has no partner, and seed 2 of the arm one loss that was not finite."""
+    residual = [result("residual", seed, [6, 5, 4.0]) for seed in (1, 2)]
+    residual.append(result("residual", 3, [6, 1, 1.0]))
+    tbp = [result("tbp", seed, [6, 4.0, 3.0]) for seed in (1, 2)]
+    tbp[1]["evaluations"][1]["val"] = None
+    row = rows_of(residual + tbp)[1]
+    # 6 at step 0 and 3 at step 200 are left of the arm's curve: it is at 4.0 after two thirds
+    assert float(row["speed_up_residual"]) == pytest.approx(200 / (200 * 2 / 3))
+
+
+def test_columns_of_time_stand_only_beside_residual():
+    results = [result(arm, 1, [6, 5, 4.0]) for arm in ("identity", "tbp")]
+    assert "| - identity | ms a step |" in comparison.table_markdown(results, REFERENCES)
+    results.append(result("residual", 1, [6, 5, 4.0]))
+    assert (
+        "| - residual | - identity | equal time | speed-up | ms a step |"
+        in comparison.table_markdown(results, REFERENCES)
+    )
