@@ -1,5 +1,6 @@
 """analyze.py: its numbers against numpy and other statements of them, its files and its figures."""
 
+import importlib
 import json
 import math
 import re
@@ -378,6 +379,75 @@ def test_why_there_are_no_differences(tmp_path):
     assert why(points, "hc") == "no other arm has the same swept knobs"
 
 
+def test_the_arm_with_the_lowest_loss_comes_first(tmp_path):
+    """And one without any loss last."""
+    for mixer, loss in (("hc", 3.0), ("identity", None), ("tbp", 2.0)):
+        write_run(tmp_path / mixer, [5.0, loss], mixer=mixer)
+    arms = curves.arms_in_order(curves.points_of(curves.read_results([tmp_path])))
+    assert [name for name, _, _ in arms] == ["tbp", "hc", "identity"]
+
+
+def test_gains_by_depth_go_forward_and_back_with_a_band_over_seeds():
+    kept = [
+        {"arm": "hc", "mixer": "hc", "forward_gain_from_first": f, "backward_gain_to_last": b}
+        for f, b in (([1.0, 2.0], [9.0, 5.0]), ([1.0, 4.0], [7.0, 5.0]))
+    ]
+    (forward,), (back,) = curves.by_depth(kept)
+    assert forward == ("hc", "hc", 2, [0, 1], [1, 3], [1, 2], [1, 4])
+    assert back == ("hc", "hc", 2, [0, 1], [8, 5], [7, 5], [9, 5])
+
+
+def test_differences_are_taken_at_the_evaluations_that_both_have(tmp_path):
+    """Of the reference one was not finite, and the last is still to come."""
+    write_run(tmp_path / "a", [5.0, 3.0, 2.0, 1.5])
+    plain = {"mixer": "residual", "n_streams": 1, "max_iters": 30}  # of which 20 are done
+    write_run(tmp_path / "b", [5.0, None, 2.25], **plain)
+    points = curves.points_of(curves.read_results([tmp_path]))
+    for arm, sign in (("residual", 1), ("tbp", -1)):
+        (curve,) = curves.differences(points, arm)
+        assert curve.x == [0, 5120] and curve.mean == pytest.approx([0, sign * -0.25])
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """analyze.py as a module, with its defaults."""
+    monkeypatch.setattr("sys.argv", ["analyze.py"])
+    return importlib.import_module("analyze")
+
+
+@pytest.mark.quick
+def test_losses_are_compared_with_the_first_reference_that_is_there(script, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script, "references", "residual,hc,tbp")
+    monkeypatch.setattr(plots, "save", lambda path, draw, *given: drawn.append(given))
+    for mixer in ("tbp", "hc", "identity"):
+        write_run(tmp_path / mixer, [5.0, 3.0], mixer=mixer)
+    script.draw_loss(curves.points_of(curves.read_results([tmp_path])), tmp_path)
+    [(_, _, differences, name, _)] = drawn
+    assert name == "hc" and {curve.label for curve in differences} == {"identity", "tbp"}
+
+
+@pytest.mark.quick
+def test_each_column_of_the_table_shows_its_own_number(script):
+    gains = {"forward_gain_from_first": 1.6, "backward_gain_to_last": 1.7}
+    gains |= {"forward_gain_to_last": 9.0, "backward_gain_from_first": 9.0}
+    sublayer = {"name": "0 attn", "from_identity": 0.1, "from_uniform": 0.2, "spread": 0.4}
+    sublayer |= {"singular_values": [0.31, 0.32, 0.33], "ds_error": 5e-7, "cosine": 0.8}
+    sublayer |= {"effective_streams": 2.9, "dominant_stream": 3, "dominant_share": 0.45}
+    sublayer["loss_change"] = {"identity": [0.01, 0.002], "mean": [-0.03, None]}
+    found = {"checkpoint": "a.pt", "step": 6, "mixer": "hc", "n_streams": 4, "loss": 3.0}
+    found |= {"composite_gain": 2.0, "loss_tokens": 4096, "sublayers": [sublayer | gains]}
+    title, _, heading, row = script.table(found).splitlines()
+    assert title == "a.pt: step 6, hc, n = 4, composite gain 2.000, loss 3.0000 on 4,096 tokens"
+    wanted = {"sublayer": "0 attn", "M - I": "0.100", "M - 1/n": "0.200"}
+    wanted |= {"sigma 1, 2": "0.310 0.320", "spread": "0.400", "ds error": "5e-07"}
+    wanted |= {"forward": "1.60", "backward": "1.70", "cosine": "0.800", "streams": "2.90"}
+    wanted |= {"reads most": "3: 45%", "loss, M = I": "+0.0100 ± 0.0020"}
+    wanted["loss, M = mean"] = "-0.0300 ± -"
+    headings, cells = (re.split("  +", line) for line in (heading, row))
+    assert dict(zip(headings, cells, strict=True)) == wanted
+
+
 def test_a_damaged_run_is_left_out_with_a_word(tmp_path, capsys):
     write_run(tmp_path / "a", [5.0, 3.0])
     damaged = [write_run(tmp_path / name, [5.0, 3.0], mixer="hc") for name in "bc"]
@@ -609,7 +679,7 @@ def test_many_runs(trained, tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     pytest.importorskip("matplotlib")
-    write_run(tmp_path / "a", [5.0, 3.0, 2.0], max_iters=100)
+    write_run(tmp_path / "a", [5.0, 3.0, 2.0], max_iters=21)  # one step is missing
     output = run("analyze.py", f"--runs={tmp_path}", f"--out={tmp_path / 'pictures'}")
     assert "tbp is not in study.png: it has runs that are not finished" in output
     assert (
