@@ -208,6 +208,14 @@ def test_scaled_residual_and_its_gradients_are_the_plain_formulas(dynamic):
 
 
 @pytest.mark.quick
+@pytest.mark.quick
+@pytest.mark.parametrize("n, kind", [(4, list), (5, torch.Tensor)])
+def test_up_to_four_streams_have_planes_and_more_have_tensors(n, kind):
+    hc = HyperConnection("tbp", n, 8)
+    parts = hc.coefficients(start_streams(torch.randn(2, 3, 8), n))
+    assert len(parts) == 3 and all(isinstance(part, kind) for part in parts)
+
+
 @pytest.mark.parametrize("first", ["static", "residual"])
 def test_a_dynamic_sublayer_may_follow_any_other(first):
     """It takes the mean square of its own streams, never an older one."""
