@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import ROOT, assert_same_run, load, records, run, run_ranks, same_
 
 from data import read_meta, write_meta, write_shard
 from mixers import MIXERS
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,9 @@ def test_gpt2_weights_start_a_run(tiny, tmp_path):
         (["--log_interval=0"], "log_interval must be at least 1, not 0"),
         (["--block_size=0"], "block_size must be at least 1, not 0"),
         (["--grad_clip=-1"], "grad_clip must be at least 0, not -1.0"),
+        (["--connection_lr=-1"], "connection_lr must be at least 0, not -1.0"),
+        (["--max_iters=-1"], "max_iters must be at least 0, not -1"),
+        (["--warmup_iters=-1"], "warmup_iters must be at least 0, not -1"),
         (["--seed=-1"], "seed must be at least 0, not -1"),
         (["--learning_rate=3e-5"], "learning_rate = 3e-05 falls to min_lr = 6e-05"),
         (["--min_lr=-1e-5"], "min_lr must be at least 0, not -1e-05"),
@@ -477,6 +482,16 @@ def test_a_log_line_tells_the_time_left(tiny):
     output = run(*tiny, "--max_iters=4")
     lines = [line for line in output.splitlines() if " | loss " in line]
     assert [line.endswith(" left") for line in lines] == [False, True, True, False]
+
+
+def test_mfu_is_a_share_of_the_peak_of_all_processes(tiny, tmp_path):
+    for processes in (1, 2):
+        out_dir = tmp_path / str(processes)
+        output = run_ranks(processes, *tiny, "--peak_flops=1e9", f"--out_dir={out_dir}")[0]
+        model = GPT(GPTConfig(**load(out_dir / "best.pt")["model_config"]))
+        ideal_ms = model.flops_per_token() * 128 / (1e9 * processes) * 1e3
+        for ms, share in re.findall(r"\| (\d+) ms .*\| mfu ([\d.]+)%", output)[1:]:
+            assert float(share) / 100 * int(ms) == pytest.approx(ideal_ms, rel=0.2)
 
 
 def test_a_refused_resume_makes_no_folder(tiny, tmp_path):
