@@ -6,7 +6,8 @@ import math
 import oracle_trainer
 import pytest
 import torch
-from conftest import load, records, run
+from conftest import free_port, load, rank_environment, records, run
+from forks import Script
 from torch.nn.functional import layer_norm, linear
 
 from mixers import MIXERS
@@ -314,12 +315,20 @@ def test_dropout_is_where_gpt2_has_it(training, monkeypatch):
         assert share == pytest.approx(0.5 if training else 0, abs=0.1), f"dropout of the {name}"
 
 
-def test_dropout_draws_anew_at_every_step(tiny):
+def test_dropout_draws_anew_at_every_step_on_every_rank_and_with_every_seed(tiny, tmp_path):
     tell = """
 step = torch.optim.AdamW.step
 def step_and_tell(self):
     print("seed:", torch.initial_seed(), flush=True)
     return step(self)
 torch.optim.AdamW.step = step_and_tell"""
-    lines = [line for line in run(*tiny, patch=tell).splitlines() if line.startswith("seed:")]
-    assert len(set(lines)) == 6, "two steps draw the same numbers"
+
+    def drawn(output):
+        return [line for line in output.splitlines() if line.startswith("seed:")]
+
+    one = drawn(run(*tiny, patch=tell))
+    other = drawn(run(*tiny, "--seed=7", f"--out_dir={tmp_path}/other", patch=tell))
+    port, command = free_port(), [*tiny, f"--out_dir={tmp_path}/two"]
+    ranks = [Script(command, tell, rank_environment(rank, 2, port)) for rank in range(2)]
+    first, second = [drawn(rank.finish()) for rank in ranks]
+    assert first == one and len({*one, *other, *second}) == 18, "two steps draw the same numbers"
