@@ -93,6 +93,16 @@ def test_killed_between_any_two_calls_no_checkpoint_is_lost(call, count, tmp_pat
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("init_from", ["auto", "auto:gpt2", "resume"])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(init_from, tmp_path):
+    (tmp_path / "config.json").touch()
+    for step in (2, 4):
+        (tmp_path / f"ckpt_{step:07d}.pt").write_bytes(b"")
+    with pytest.raises(RunError, match="none of the 2 checkpoints in .* is whole; begin again"):
+        checkpoint.starting_point(tmp_path, init_from)
+
+
+@pytest.mark.quick
 def test_later_ones_that_are_damaged_do_not_count_as_the_newest(tmp_path):
     for step in (2, 4, 6):
         checkpoint.save(tmp_path, state(step), keep=3, best=False)
