@@ -210,6 +210,14 @@ def test_numbers_at_the_ends_choose_a_token_that_is_kept():
     assert sample_token(logits, torch.zeros(1, dtype=torch.float64)).item() == 3
 
 
+@pytest.mark.quick
+def test_tokens_that_together_hold_exactly_top_p_are_enough():
+    numbers = torch.linspace(0, 1 - 2**-53, 99, dtype=torch.float64)
+    for top_p, count in ((0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)):
+        found = sample_token(torch.zeros(99, 4), numbers, top_p=top_p)
+        assert len(set(found.tolist())) == count
+
+
 def test_a_seed_begins_with_the_same_numbers_at_any_length():
     cpu = torch.device("cpu")
     assert torch.equal(uniforms([1, 2], 2, 100, cpu)[:7], uniforms([1, 2], 2, 7, cpu))
@@ -240,6 +248,11 @@ def test_generate_refuses(prompts, count, knobs, says):
     decoder = Decoder(build(block_size=256), 2, 100)
     with pytest.raises(ValueError, match=says):
         next(generate(decoder, prompts, count, **knobs))
+
+
+def test_a_text_that_just_fits_is_no_refusal():
+    decoder = Decoder(build(block_size=256), 1, 128)
+    assert next(generate(decoder, [[1]], 127)) and decoder.length == 128
 
 
 def test_a_diverged_model_is_refused():
