@@ -1,5 +1,6 @@
 """sample.py as a user runs it, on checkpoints that were not trained."""
 
+import importlib
 import json
 import re
 
@@ -125,6 +126,24 @@ def test_a_prompt_beyond_the_block_is_said_to_lose_its_beginning(out_dir):
     said = f"prompt 1 has {size + 1} tokens; the model reads the last {size}"
     assert said in run(*command, f"--start={'a' * size}")  # an end of text comes first
     assert "the model reads the last" not in run(*command, f"--start={'a' * (size - 1)}")
+
+
+def test_a_top_k_of_0_keeps_all_tokens(out_dir):
+    command = ["sample.py", f"--out_dir={out_dir}", *SMALL, "--temperature=1.5"]
+    of_all, of_one = run(*command, "--top_k=0"), run(*command, "--top_k=1")
+    assert samples_of(of_all) == samples_of(run(*command, "--top_k=320")) != samples_of(of_one)
+
+
+@pytest.mark.quick
+def test_the_speed_is_of_all_batches_and_leaves_out_the_step_that_compiles(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    speed = importlib.import_module("sample").Speed()
+    speed.add(10, [0.0, 1.0, 5.0, 6.0], [2, 2, 2])
+    speed.add(14, [0.0, 3.0, 4.0], [2, 1])
+    assert str(speed) == (
+        "prompt: 24 tokens in 4.00 s, 6.0 tok/s | new: 3 tokens in 2.00 s, 1.5 tok/s | "
+        "the first step, compiling included: 4.0 s"
+    )
 
 
 def test_the_compiled_step_and_bfloat16(out_dir):
