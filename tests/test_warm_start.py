@@ -103,6 +103,16 @@ def test_another_model_is_refused_and_left_as_it_was(changes, says, source):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("own", [{}, {"x0_scalars": True}, {"mix_scale": "sublayer"}])
+def test_only_the_plain_stream_is_said_to_become_several(own):
+    """convert.py refuses the others."""
+    then = GPTConfig(**{**SIZES, "mixer": "residual", "n_streams": 1, **own})
+    remedy = "no conversion takes the one model to the other" if own else "Convert it first: "
+    with pytest.raises(ValueError, match=remedy):
+        warm_start.check_model("best.pt", then, GPTConfig(**SIZES, mixer="tbp"))
+
+
+@pytest.mark.quick
 def test_other_tokens_are_refused(source):
     other = {"tokenizer": {"kind": "characters", "characters": "abc"}, "vocab_size": 4}
     says = "trained on tokens of bytes, and the data set's are of 3-character"
