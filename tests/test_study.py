@@ -158,9 +158,7 @@ def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
     shutil.copytree(finished / "results", tmp_path / "results")
     assert not (tmp_path / "out").exists()
     assert "the same loss at all 2 evaluations" in call(path, "--cell=identity/seed1")
-    result = json.loads(kept.read_text())
-    final = result["evaluations"][-1]["val"]
-    result["evaluations"][-1]["val"] = final + 1e-7
+    usual = kept.read_text()
 
     def run_as_before(_, todo, options):
         assert todo[0].folder == Path("out/studies/tiny/identity/seed1-again2")
@@ -168,12 +166,15 @@ def test_one_cell_again_gives_the_same_loss_or_says_where_it_differs(
         shutil.copy(finished / "results/tiny/identity/seed1.json", todo[0].result)
 
     monkeypatch.setattr(study, "run_grid", run_as_before)
-    for clean in (True, False):
+    for clean, place in ((True, -1), (False, 0)):  # the last evaluation, and the first
+        result = json.loads(usual)
+        step, val = (result["evaluations"][place][key] for key in ("step", "val"))
+        result["evaluations"][place]["val"] = val + 1e-7
         result["provenance"]["clean"] = clean
         kept.write_text(json.dumps(result))
         output = call(path, "--cell=identity/seed1", ok=False)
         assert "not the same losses. Then, by step: [(0, " in output
-        assert f"(4, {final + 1e-7})]" in output and f"(4, {final})]" in output
+        assert f"({step}, {val + 1e-7})" in output and f"({step}, {val})" in output
         assert ("made with changes that its commit does not have" in output) != clean
         shutil.rmtree("out/studies/tiny/identity/seed1-again2")
     # a run that is done again is no run of the study
