@@ -320,6 +320,13 @@ def test_min_lr_moves_with_a_swept_rate(call):
 
 
 @pytest.mark.quick
+def test_an_arm_keeps_its_own_min_lr(call, tiny_study):
+    more = "seeds = 1\nsweep = {'learning_rate': [1e-3]}\narms['identity']['min_lr'] = 2e-5\n"
+    plain, own = call(tiny_study(more), "--dry_run").splitlines()
+    assert "--min_lr=2e-05 " in own and "--min_lr=2e-05" not in plain
+
+
+@pytest.mark.quick
 def test_the_command_of_a_cell_has_the_threads_and_processes(call):
     arguments = (ROOT / "config/laptop.py", "--mixers=tbp", "--seeds=1", "--dry_run")
     assert call(*arguments).startswith("OMP_NUM_THREADS=1 python train.py ")
