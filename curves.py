@@ -150,7 +150,8 @@ def points_of(results):
     chosen = comparison.best_rates(points)
     for point in points:
         if point not in chosen:
-            rate = point.axes[comparison.RATE]
+            knobs = next(iter(point.runs.values()))["knobs"]  # a study may not sweep the rate
+            rate = point.axes.get(comparison.RATE, knobs[comparison.RATE])
             print(f"{label(point)} at learning rate {rate} is left out: another rate did better")
         elif note := diverged_text(point):
             print(f"{label(point)}: {note}; its curves are of the others, if there are any")

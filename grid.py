@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import recipe
 from batches import sequences_per_step
-from configurator import read_source, resolve, run_file
+from configurator import at_least, read_source, resolve, run_file
 from mixers import OPTIONS
 from runtime import RunError
 
@@ -123,6 +123,12 @@ def faults(study):
         for name in study.references
         if name not in study.arms and study.references != DEFAULTS["references"]
     ]
+    found += [
+        f"arm {arm!r}: a folder with = is a swept knob's; write another name, such as "
+        f"{arm.replace('=', '_')}"
+        for arm in study.arms
+        if isinstance(arm, str) and "=" in arm
+    ]
     if not study.arms:
         found.append("arms is empty; write at least one")
     if not study.seeds or not all(type(seed) is int for seed in study.seeds):
@@ -200,6 +206,7 @@ def check_knobs(cell, processes):
         raise RunError(f"init_from = {config['init_from']!r}: runs of a study start from scratch")
     recipe.check(config)
     recipe.gpt_config(config)
+    at_least(config, 1, "max_iters")  # a run without a step has no step time
     sizes = ("total_batch_tokens", "batch_size", "block_size")
     sequences_per_step(*(config[name] for name in sizes), processes)
     return config

@@ -277,6 +277,13 @@ def test_a_run_that_was_given_up_has_diverged(tmp_path):
     assert result["diverged"] and result["final_loss"] is None
 
 
+def test_studies_that_sweep_the_rate_and_that_do_not(capsys):
+    folders = [ROOT / "results" / name for name in ("constraint-english", "lean-english")]
+    points = curves.points_of(curves.read_results(folders))
+    assert [point.axes for point in points if point.arm == "hc"] == [{"learning_rate": 0.008}]
+    assert "hc at learning rate 0.002 is left out" in capsys.readouterr().out
+
+
 def test_a_folder_with_an_equals_sign_is_not_a_study_s(tmp_path):
     folder = write_run(tmp_path / "lr=1e-3" / "seed1", [5.0, 3.0], seed=1)
     (result,) = curves.read_results([folder])

@@ -413,6 +413,8 @@ def test_the_table_names_the_command_that_makes_it(call, tiny_study, tmp_path):
         ("arms['tbp'] = {'batch_size': 0}", [], "tbp/seed1: batch_size must be at least 1"),
         ("arms['tbp'] = {'eval_interval': 0}", [], "tbp/seed1: eval_interval must be at least 1"),
         ("", ["--learning_rate=1e-9", "--min_lr=1"], "learning_rate = 1e-09 falls to min_lr = 1.0"),
+        ("", ["--max_iters=0"], "residual/seed1: max_iters must be at least 1, not 0"),
+        ("arms['n=4'] = {'mixer': 'tbp'}", [], "arm 'n=4': a folder with = is a swept knob's"),
         ("", ["--eval_only=True"], "eval_only: a study gives each run its own"),
         ("arms['tbp'] = {'batch_size': 3}", [], "tbp/seed1: total_batch_tokens = 128 is no"),
         ("references = ['tbp']", [], "tiny.py: references: tbp is no arm; the arms are residual"),
